@@ -1,0 +1,444 @@
+"""Pretrained networks of torchvision as sources of features."""
+
+import hashlib
+import os
+import pickle
+import uuid
+from numbers import Integral
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
+from sklearn.utils import check_random_state, gen_batches
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from .base import (
+    ImageBatches,
+    check_images,
+    network_from_arrays,
+    network_to_arrays,
+    resolve_device,
+    seeded,
+)
+from .training import autocast
+
+__all__ = ["Backbone", "BackboneFeatures"]
+
+MIN_SIDE = 32
+HEADS = ("avgpool", "classifier", "fc", "heads")
+
+
+class Backbone(nn.Module):
+    """A torchvision network, cut off behind the last layer wanted.
+
+    Parameters
+    ----------
+    name : str
+        Name of a torchvision classification network whose children form a chain, such
+        as "resnet18", "wide_resnet50_2", "vgg16" or "efficientnet_b0".
+    layers : tuple of str
+        Names of the children whose outputs are wanted, such as "layer2"; inside of a
+        sequential child, "features.4".
+
+    Attributes
+    ----------
+    trunk : torch.nn.Module
+        The network without the layers behind the last one wanted; the names of its
+        parameters are torchvision's.
+    stages : tuple of str
+        Names of the modules that are run, in their order.
+
+    Raises
+    ------
+    ValueError
+        If the name or a layer is unknown.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skanomaly.backbones import Backbone
+    >>> backbone = Backbone("resnet18", ("layer1", "layer2")).eval()
+    >>> features = backbone(torch.rand(1, 3, 64, 64))
+    >>> features["layer2"].shape
+    torch.Size([1, 128, 8, 8])
+    """
+
+    def __init__(self, name, layers):
+        super().__init__()
+        import torchvision
+
+        known = torchvision.models.list_models(torchvision.models)
+        if name not in known:
+            raise ValueError(
+                f"backbone={name!r} is unknown to torchvision; it knows "
+                f"{', '.join(known)}."
+            )
+        self.name = name
+        self.layers = tuple(layers)
+        self.trunk = torchvision.models.get_model(name, weights=None)
+        stages = _chain(self.trunk, self.layers)
+        unknown = [layer for layer in self.layers if layer not in stages]
+        if unknown or not self.layers:
+            raise ValueError(
+                f"layers={self.layers!r} of {name}: "
+                + (f"{unknown[0]!r} is unknown" if unknown else "none is named")
+                + f"; there are {', '.join(_chain(self.trunk, ()))}, and the children "
+                "of those that are sequential ('features.4')."
+            )
+        last = max(map(stages.index, self.layers))
+        self.stages = tuple(stages[: last + 1])
+        _cut(self.trunk, self.stages)
+        self.register_buffer("mean", _channels(0.485, 0.456, 0.406))
+        self.register_buffer("std", _channels(0.229, 0.224, 0.225))
+        self.requires_grad_(False)
+
+    def forward(self, images):
+        """Compute features.
+
+        Parameters
+        ----------
+        images : torch.Tensor of shape (b, 1 or 3, h, w)
+            Images in [0, 1]; grey ones are taken for three equal channels. ImageNet's
+            mean and standard deviation are applied here.
+
+        Returns
+        -------
+        dict of str to torch.Tensor of shape (b, channels, rows, columns)
+            Features by layer, float32.
+        """
+        height, width = images.shape[-2:]
+        bottom, right = max(0, MIN_SIDE - height), max(0, MIN_SIDE - width)
+        features = (images.expand(-1, 3, -1, -1) - self.mean) / self.std
+        features = F.pad(features, (0, right, 0, bottom), mode="replicate")
+        result = {}
+        for stage in self.stages:
+            features = self.trunk.get_submodule(stage)(features)
+            if stage in self.layers:
+                rows = -(-features.shape[2] * height // (height + bottom))
+                columns = -(-features.shape[3] * width // (width + right))
+                result[stage] = features[..., :rows, :columns].float()
+        return {layer: result[layer] for layer in self.layers}
+
+    def load_weights(self, weights):
+        """Load pretrained weights.
+
+        Parameters
+        ----------
+        weights : str or path
+            "imagenet" for torchvision's own (version 1, which papers use), downloaded
+            or taken from torch hub's cache; else the file of a state dict with
+            torchvision's names, ``.pth`` or ``.safetensors``. Layers behind the last
+            one wanted may be missing.
+
+        Raises
+        ------
+        OSError
+            If the weights cannot be read or downloaded.
+        ValueError
+            If the file holds no state dict or one of another network.
+        """
+        state = (
+            _download(self.name) if weights == "imagenet" else _read_weights(weights)
+        )
+        own = self.trunk.state_dict()
+        with torch.device("meta"):
+            known = _whole(self.name).state_dict()
+        missing = [
+            key
+            for key in own
+            if key not in state and not key.endswith("num_batches_tracked")
+        ]
+        unexpected = [key for key in state if key not in known]
+        wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+        for problem, keys in (
+            ("misses", missing),
+            ("holds the unknown", unexpected),
+            ("has another shape of", wrong),
+        ):
+            if keys:
+                raise ValueError(
+                    f"weights={str(weights)!r} do not fit {self.name} up to "
+                    f"{self.stages[-1]!r}: the file {problem} {keys[0]!r}"
+                    + (f" and {len(keys) - 1} more." if len(keys) > 1 else ".")
+                )
+        self.trunk.load_state_dict({key: state.get(key, own[key]) for key in own})
+
+
+def _whole(name):
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None)
+
+
+def _channels(*values):
+    return torch.tensor(values).view(1, 3, 1, 1)
+
+
+def _chain(module, layers, prefix=""):
+    """Return the names of the children, opening those that hold a layer wanted."""
+    names = []
+    for name, child in module.named_children():
+        path = prefix + name
+        if not prefix and name in HEADS:
+            break
+        opened = isinstance(child, nn.Sequential) and any(
+            layer.startswith(path + ".") for layer in layers
+        )
+        names += _chain(child, layers, path + ".") if opened else [path]
+    return names
+
+
+def _cut(module, stages, prefix=""):
+    """Delete all children that are not run."""
+    for name, child in list(module.named_children()):
+        path = prefix + name
+        if path in stages:
+            continue
+        if any(stage.startswith(path + ".") for stage in stages):
+            _cut(child, stages, path + ".")
+        else:
+            delattr(module, name)
+
+
+def _download(name):
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (URLError, TimeoutError) as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise OSError(
+            f"weights='imagenet' of {name} could not be downloaded ({error}). Give the "
+            "path of a state dict, weights=PATH, or put "
+            f"{weights.url.rsplit('/', 1)[1]} into {folder}; weights=None takes random "
+            "ones."
+        ) from error
+
+
+def _read_weights(path):
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights={str(path)!r} is not a file; it must be 'imagenet', the path of a "
+            "state dict, or None."
+        )
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"weights={str(path)!r} cannot be read: {error}") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    ):
+        raise ValueError(
+            f"weights={str(path)!r} holds no state dict, a dictionary of tensors by name."
+        )
+    return state
+
+
+def make_backbone(name, layers, weights, device):
+    """Build a backbone for inference on a device.
+
+    Parameters
+    ----------
+    name : str
+        Name of a torchvision network.
+    layers : tuple of str
+        Layers whose features are wanted.
+    weights : str, path or None
+        "imagenet", the file of a state dict, or None for random weights, drawn from
+        torch's generator.
+    device : torch.device
+        Where to compute.
+
+    Returns
+    -------
+    Backbone
+        The network in evaluation mode.
+    """
+    backbone = Backbone(name, layers)
+    if weights is not None:
+        backbone.load_weights(weights)
+    return backbone.to(device, memory_format=torch.channels_last).eval()
+
+
+def check_channels(estimator):
+    """Refuse images that are neither grey nor RGB.
+
+    Parameters
+    ----------
+    estimator : BaseEstimator
+        An estimator that has seen images.
+
+    Raises
+    ------
+    ValueError
+        If its images have another number of channels than 1 or 3.
+    """
+    channels = estimator.image_shape_[2]
+    if channels not in (1, 3):
+        raise ValueError(
+            f"X holds images of {channels} channels, but a backbone takes grey (1) or "
+            "RGB (3) images."
+        )
+
+
+class BackboneFeatures(TransformerMixin, BaseEstimator):
+    """Turn images into the features of a pretrained network.
+
+    Parameters
+    ----------
+    backbone : str, default="wide_resnet50_2"
+        Name of a torchvision network.
+    layers : tuple of str, default=("layer1", "layer2", "layer3")
+        Layers whose outputs are taken.
+    weights : str, path or None, default="imagenet"
+        "imagenet" for torchvision's weights, the file of a state dict (``.pth``,
+        ``.safetensors``), or None for random weights.
+    pool : bool, default=False
+        Whether to average each layer over all positions, which gives rows that any
+        scikit-learn estimator takes.
+    memory : str or path, default=None
+        Folder in which features are kept, image by image, under a key of the image's
+        content and the backbone's weights. Folds, candidates and clones of a search
+        share it, and each image passes the backbone once.
+    image_shape : tuple of int, default=None
+        Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
+        features for a square grey image, any other number for an image of one line.
+    batch_size : int, default=8
+        Number of images a batch.
+    precision : {"float32", "bfloat16"}, default="float32"
+        Precision of the network.
+    device : str, default="auto"
+        Torch device. "auto" takes that of X if it is a tensor, else a GPU if there is
+        one.
+    random_state : int, RandomState instance or None, default=None
+        Seed of random weights.
+
+    Attributes
+    ----------
+    network_ : Backbone
+        The network, cut off behind the last of the layers.
+    image_shape_ : tuple of int
+        Shape (H, W, C) of the images.
+    n_features_in_ : int
+        H * W * C.
+    feature_names_in_ : numpy.ndarray of shape (n_features_in_,)
+        Names of the columns; only where X was a data frame of rows.
+
+    See Also
+    --------
+    SPADE : Takes these features by ``backbone="precomputed"``.
+
+    Notes
+    -----
+    The layers of an image stand together in one record of a structured array, which can
+    be sliced, pickled, memory-mapped and split for cross-validation like any array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skanomaly import BackboneFeatures
+    >>> X = np.zeros((2, 64, 64, 3), np.uint8)
+    >>> features = BackboneFeatures(backbone="resnet18", weights=None).fit_transform(X)
+    >>> features.shape, features["layer2"].shape
+    ((2,), (2, 8, 8, 128))
+    """
+
+    _parameter_constraints = {
+        "backbone": [str],
+        "layers": [tuple, list],
+        "weights": [str, os.PathLike, None],
+        "pool": ["boolean"],
+        "memory": [str, os.PathLike, None],
+        "image_shape": ["array-like", None],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "precision": [StrOptions({"float32", "bfloat16"})],
+        "device": [str],
+        "random_state": ["random_state"],
+    }
+
+    def __init__(
+        self,
+        *,
+        backbone="wide_resnet50_2",
+        layers=("layer1", "layer2", "layer3"),
+        weights="imagenet",
+        pool=False,
+        memory=None,
+        image_shape=None,
+        batch_size=8,
+        precision="float32",
+        device="auto",
+        random_state=None,
+    ):
+        self.backbone = backbone
+        self.layers = layers
+        self.weights = weights
+        self.pool = pool
+        self.memory = memory
+        self.image_shape = image_shape
+        self.batch_size = batch_size
+        self.precision = precision
+        self.device = device
+        self.random_state = random_state
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = True
+        tags.input_tags.three_d_array = True
+        return tags
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None):
+        """Load the backbone.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images, uint8 in [0, 255] or real numbers in [0, 1].
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : object
+            The fitted transformer.
+        """
+        X = check_images(self, X, reset=True, image_shape=self.image_shape)
+        check_channels(self)
+        with seeded(check_random_state(self.random_state).randint(2**31 - 1)):
+            self.network_ = self._build_network(resolve_device(self.device, X))
+        return self
+
+    def transform(self, X):
+        """Compute the features of images.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images of the shape seen in fit.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n,) or (n, channels)
+            A structured array, one record an image and one field a layer of the shape
+            (rows, columns, channels), float32; or with ``pool=True`` the averages of
+            all layers side by side.
+        """
+        check_is_fitted(self)
+        X = check_images(self, X, reset=False, image_shape=self.image_shape)
+        images = ImageBatches(X, resolve_device(self.device, X))
+        self.network_.to(images.device)
+        if self.memory is None:
+            return self._compute(images)
+        return self._remember(images)

@@ -1,0 +1,584 @@
+"""The contract that every detector keeps, and the training that networks share."""
+
+import contextlib
+import math
+import os
+import warnings
+from abc import ABCMeta, abstractmethod
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, OutlierMixin, _fit_context
+from sklearn.utils import check_array, check_random_state, gen_batches
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import (
+    _check_feature_names,
+    check_is_fitted,
+    validate_data,
+)
+
+from .training import autocast, train
+
+
+@contextlib.contextmanager
+def seeded(seed):
+    """Seed torch inside a ``with`` block and restore its generators afterwards.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of torch's generators on all devices.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def resolve_device(device, X=None):
+    """Return the device to compute on.
+
+    Parameters
+    ----------
+    device : str
+        A torch device, or "auto": that of ``X`` if it is a tensor, else CUDA, else
+        MPS, else the CPU, whatever is there first.
+    X : array-like, default=None
+        The images to compute on.
+
+    Returns
+    -------
+    torch.device
+        The device.
+    """
+    if device != "auto":
+        return torch.device(device)
+    if isinstance(X, torch.Tensor):
+        return X.device
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_images(estimator, X, *, reset, image_shape=None, min_samples=1):
+    """Check images and view them as an array of shape (n, H, W, C), without a copy.
+
+    Sets ``n_features_in_`` and ``image_shape_`` of the estimator, or compares with
+    them.
+
+    Parameters
+    ----------
+    estimator : BaseEstimator
+        The estimator that was given the images; named in the errors.
+    X : array-like or torch.Tensor
+        Images of shape (n, H, W, C) or (n, H, W), or their rows (n, H * W * C).
+    reset : bool
+        True in fit: remember the shape. False: compare with the one remembered.
+    image_shape : tuple of int, default=None
+        Shape (H, W) or (H, W, C) of an image given as a row. None takes a square number
+        of features for a square grey image, any other number for an image of one line.
+    min_samples : int, default=1
+        Smallest number of images accepted.
+
+    Returns
+    -------
+    numpy.ndarray or torch.Tensor of shape (n, H, W, C)
+        The images.
+
+    Raises
+    ------
+    ValueError
+        If X holds paths, NaN or infinity, too few images or images of another shape.
+    """
+    name = type(estimator).__name__
+    if _holds_paths(X):
+        raise ValueError(
+            f"X holds strings or paths, but {name} works on images: put LoadImages() in "
+            "front of it, make_pipeline(LoadImages(size=...), ...)."
+        )
+    if isinstance(X, torch.Tensor):
+        images = _check_tensor(name, X, min_samples)
+    else:
+        images = check_array(
+            X,
+            dtype="numeric",
+            allow_nd=True,
+            ensure_min_samples=min_samples,
+            estimator=estimator,
+            input_name="X",
+        )
+    if images.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"X has shape {tuple(images.shape)}, but {name} wants images (n, H, W, C) or "
+            "(n, H, W), or their rows (n, H * W * C)."
+        )
+
+    if images.ndim == 2:
+        validate_data(estimator, X, reset=reset, skip_check_array=True)
+        shape = (
+            _row_shape(name, images.shape[1], image_shape)
+            if reset
+            else estimator.image_shape_
+        )
+    else:
+        _check_feature_names(estimator, X, reset=reset)
+        shape = (*images.shape[1:], 1)[:3]
+        if 0 in shape:
+            raise ValueError(
+                f"X has shape {tuple(images.shape)}: its images are empty."
+            )
+        if image_shape is not None and shape != _full_shape(image_shape):
+            raise ValueError(
+                f"X holds images of shape {shape}, but image_shape={image_shape!r}."
+            )
+        if not reset and shape != estimator.image_shape_:
+            raise ValueError(
+                f"X holds images of shape {shape}, but {name} was fitted on images of "
+                f"shape {estimator.image_shape_}."
+            )
+    if reset:
+        estimator.image_shape_ = tuple(int(side) for side in shape)
+        estimator.n_features_in_ = math.prod(estimator.image_shape_)
+    return images.reshape(len(images), *estimator.image_shape_)
+
+
+def _holds_paths(X):
+    if not isinstance(X, (list, tuple, np.ndarray)) and not hasattr(X, "iloc"):
+        return isinstance(X, (str, os.PathLike))
+    if getattr(X, "ndim", 1) != 1 or len(X) == 0:
+        return False
+    first = X.iloc[0] if hasattr(X, "iloc") else X[0]
+    return isinstance(first, (str, os.PathLike))
+
+
+def _check_tensor(name, X, min_samples):
+    if X.ndim and len(X) < min_samples:
+        raise ValueError(
+            f"Found array with {len(X)} sample(s) (shape={tuple(X.shape)}) while a "
+            f"minimum of {min_samples} is required by {name}."
+        )
+    if X.is_complex():
+        raise ValueError(f"X holds complex numbers, but {name} wants real images.")
+    if X.is_floating_point() and not all(chunk.isfinite().all() for chunk in X):
+        raise ValueError(f"Input X contains NaN or infinity, which {name} refuses.")
+    return X
+
+
+def _full_shape(image_shape):
+    return (*image_shape, 1)[:3]
+
+
+def _row_shape(name, n_features, image_shape):
+    if image_shape is None:
+        side = math.isqrt(n_features)
+        return (side, side, 1) if side * side == n_features else (1, n_features, 1)
+    shape = _full_shape(image_shape)
+    if math.prod(shape) != n_features:
+        raise ValueError(
+            f"X has {n_features} features, but image_shape={image_shape!r} of {name} "
+            f"asks for {math.prod(shape)}."
+        )
+    return shape
+
+
+def check_labels(y, n_samples):
+    """Read labels or masks as +1 (normal) and -1 (anomalous).
+
+    Parameters
+    ----------
+    y : array-like of shape (n,) or (n, H, W), or None
+        Labels within {-1, +1}, or masks, True where anomalous.
+    n_samples : int
+        Number of images.
+
+    Returns
+    -------
+    numpy.ndarray of shape (n,) or None
+        +1 and -1, or None if y is None or holds other labels.
+
+    Raises
+    ------
+    ValueError
+        If the length of y is not ``n_samples`` or its shape neither (n,) nor (n, H, W).
+
+    Warns
+    -----
+    UserWarning
+        If y holds other labels than -1 and +1: they are ignored.
+    """
+    if y is None:
+        return None
+    y = np.asarray(y)
+    if len(np.atleast_1d(y)) != n_samples:
+        raise ValueError(f"y has length {len(np.atleast_1d(y))}, but X {n_samples}.")
+    if y.ndim == 3:
+        return np.where(y.reshape(n_samples, -1).any(axis=1), -1, 1)
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1:
+        raise ValueError(
+            f"y has shape {y.shape}; it must hold labels (n,) or masks (n, H, W)."
+        )
+    if not np.isin(y, (-1, 1)).all():
+        warnings.warn(
+            "y is ignored: labels must be +1 for normal and -1 for anomalous images, "
+            f"but y holds {np.unique(y)[:5].tolist()}. Convert labels with 1 for "
+            "anomalous images by np.where(y == 1, -1, 1).",
+            stacklevel=3,
+        )
+        return None
+    return y.astype(np.int64)
+
+
+class ImageBatches:
+    """Images of an array, handed out as tensors a batch at a time.
+
+    Parameters
+    ----------
+    array : numpy.ndarray or torch.Tensor of shape (n, H, W, C)
+        Images, uint8 in [0, 255] or real numbers in [0, 1]; or a structured array of
+        shape (n,) whose fields have the shape (H, W, C).
+    device : torch.device
+        Where the tensors are wanted.
+    rows : numpy.ndarray of int, default=None
+        Which images of the array these are; None takes them all.
+    """
+
+    def __init__(self, array, device, rows=None):
+        self.array = array
+        self.device = device
+        self.rows = np.arange(len(array)) if rows is None else rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        """Return the images of some rows: (b, C, H, W), float32, channels last."""
+        rows = self.rows[index]
+        if isinstance(self.array, torch.Tensor):
+            return _to_unit(self.array[torch.as_tensor(rows)], self.device)
+        chunk = self.array[rows]
+        if chunk.dtype.names is None:
+            return _to_unit(_to_tensor(chunk), self.device)
+        return {
+            name: _to_unit(_to_tensor(chunk[name]), self.device)
+            for name in chunk.dtype.names
+        }
+
+
+def _to_tensor(array):
+    dtype = np.uint8 if array.dtype == np.uint8 else np.float32
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+
+
+def _to_unit(images, device):
+    scale = 255.0 if images.dtype == torch.uint8 else 1.0
+    images = images.to(device).to(torch.float32)
+    return (images / scale if scale != 1.0 else images).permute(0, 3, 1, 2)
+
+
+class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
+    """Base of all detectors: images in, scores and maps out.
+
+    A method writes ``_fit(images, labels)`` and ``_anomaly_maps(images)``, and
+    ``_anomaly_scores(images, maps)`` unless the maximum of the map is its score.
+    Methods that hold a network keep it in ``network_`` and write ``_build_network()``,
+    from which a pickled estimator is rebuilt.
+    """
+
+    _parameter_constraints = {
+        "image_shape": ["array-like", None],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "contamination": [Interval(Real, 0, 0.5, closed="right")],
+        "precision": [StrOptions({"float32", "bfloat16"})],
+        "device": [str],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = True
+        tags.input_tags.three_d_array = True
+        return tags
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None):
+        """Learn what normal images look like.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Training images, uint8 in [0, 255] or real numbers in [0, 1].
+        y : array-like of shape (n,) or (n, H, W), default=None
+            Labels, +1 for normal and -1 for anomalous images, or masks, True where
+            anomalous. Anomalous images are left out of the training.
+
+        Returns
+        -------
+        self : object
+            The fitted detector.
+        """
+        X = self._check_X(X, reset=True)
+        labels = check_labels(y, len(X))
+        images = self._training_images(X, labels)
+        self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        with seeded(self._seed):
+            self._fit(images, labels)
+        self._set_thresholds(images)
+        return self
+
+    def score_samples(self, X):
+        """Score images: the higher, the more normal.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images of the shape seen in fit.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n,)
+            Scores, the negative of the image's degree of anomaly.
+        """
+        batches = self._evaluate(self._images(X), maps_wanted=False)
+        return -np.concatenate([scores for _, scores, _ in batches])
+
+    def decision_function(self, X):
+        """Score images relative to the threshold learned in fit.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images of the shape seen in fit.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n,)
+            ``score_samples(X) - offset_``, negative for anomalous images.
+        """
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X):
+        """Tell normal from anomalous images.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images of the shape seen in fit.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n,)
+            +1 for normal and -1 for anomalous images.
+        """
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def localize(self, X):
+        """Map where images are anomalous.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images of the shape seen in fit.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n, H, W)
+            Anomaly maps, float32, high where anomalous.
+        """
+        images = self._images(X)
+        result = np.empty((len(images), *self.image_shape_[:2]), np.float32)
+        for rows, _, maps in self._evaluate(images, maps_wanted=True):
+            result[rows] = maps
+        return result
+
+    def segment(self, X):
+        """Mark the anomalous pixels of anomalous images.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images of the shape seen in fit.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n, H, W)
+            True where the map exceeds ``map_threshold_``, in images that ``predict``
+            calls anomalous.
+        """
+        images = self._images(X)
+        result = np.empty((len(images), *self.image_shape_[:2]), bool)
+        for rows, scores, maps in self._evaluate(images, maps_wanted=True):
+            anomalous = -scores - self.offset_ < 0
+            result[rows] = (maps > self.map_threshold_) & anomalous[:, None, None]
+        return result
+
+    @abstractmethod
+    def _fit(self, images, labels):
+        """Learn from ``images``, an ImageBatches of the training images."""
+
+    @abstractmethod
+    def _anomaly_maps(self, images):
+        """Return the maps (b, H, W) of images (b, C, H, W)."""
+
+    def _anomaly_scores(self, images, maps):
+        """Return the degrees of anomaly (b,) of images."""
+        return maps.amax(dim=(1, 2))
+
+    def _embed(self, images):
+        """Return what maps and scores are both computed from: the images themselves."""
+        return images
+
+    _scores_need_maps = True
+
+    def _check_X(self, X, *, reset):
+        return check_images(
+            self,
+            X,
+            reset=reset,
+            image_shape=self.image_shape,
+            min_samples=2 if reset else 1,
+        )
+
+    def _images(self, X):
+        check_is_fitted(self)
+        X = self._check_X(X, reset=False)
+        device = resolve_device(self.device, X)
+        if hasattr(self, "network_"):
+            self.network_.to(device)
+        return ImageBatches(X, device)
+
+    def _training_images(self, X, labels):
+        device = resolve_device(self.device, X)
+        if labels is None:
+            return ImageBatches(X, device)
+        normal = np.flatnonzero(labels == 1)
+        if len(normal) < 2:
+            raise ValueError(
+                f"{type(self).__name__} learns from normal images (label +1) and needs "
+                f"2 or more, but y marks n_samples = {len(normal)}."
+            )
+        return ImageBatches(X, device, normal)
+
+    def _evaluate(self, images, *, maps_wanted):
+        """Yield the rows, anomaly scores and maps (or None) of each batch."""
+        for rows in gen_batches(len(images), self.batch_size):
+            with (
+                torch.inference_mode(),
+                seeded(self._seed),
+                autocast(images.device, self.precision),
+            ):
+                embedded = self._embed(images[rows])
+                maps = (
+                    self._anomaly_maps(embedded)
+                    if maps_wanted or self._scores_need_maps
+                    else None
+                )
+                scores = self._anomaly_scores(embedded, maps)
+            yield (
+                rows,
+                scores.to("cpu", torch.float64).numpy(),
+                None if maps is None else maps.float().cpu().numpy(),
+            )
+
+    def _set_thresholds(self, images):
+        scores, peaks = [], []
+        for _, batch_scores, maps in self._evaluate(images, maps_wanted=True):
+            scores.append(-batch_scores)
+            peaks.append(maps.max(axis=(1, 2)))
+        self.offset_ = np.percentile(np.concatenate(scores), 100 * self.contamination)
+        self.map_threshold_ = np.quantile(np.concatenate(peaks), 1 - self.contamination)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        if "network_" in state:
+            state = {**state, "network_": network_to_arrays(state["network_"])}
+        return state
+
+    def __setstate__(self, state):
+        arrays = state.get("network_")
+        super().__setstate__(state)
+        if arrays is not None:
+            self.network_ = network_from_arrays(self._build_network, arrays)
+
+
+def network_to_arrays(network):
+    """Return the parameters and buffers of a network as NumPy arrays by name."""
+    return {
+        name: tensor.detach().cpu().contiguous().numpy()
+        for name, tensor in network.state_dict().items()
+    }
+
+
+def network_from_arrays(build, arrays):
+    with torch.device("meta"):
+        network = build()
+    tensors = {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
+    network.load_state_dict(tensors, assign=True)
+    return network.to(memory_format=torch.channels_last).eval()
+
+
+class NetworkDetector(BaseDetector):
+    """Base of the detectors that train a network.
+
+    A method writes ``_build_network()``, which may read ``image_shape_``, and
+    ``_losses(network, batch)``, a generator of ``(part, loss)``.
+    """
+
+    _parameter_constraints = {
+        **BaseDetector._parameter_constraints,
+        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "warm_start": ["boolean"],
+    }
+
+    @abstractmethod
+    def _build_network(self):
+        """Return the untrained network."""
+
+    @abstractmethod
+    def _losses(self, network, batch):
+        """Yield ``(part, loss)`` for each optimiser step that the batch is worth."""
+
+    def _optimizer(self, part):
+        trainable = [p for p in part.parameters() if p.requires_grad]
+        return torch.optim.Adam(trainable, lr=self.learning_rate)
+
+    def _scheduler(self, optimizer):
+        return None
+
+    def _fit(self, images, labels):
+        if not (self.warm_start and hasattr(self, "network_")):
+            self.network_ = self._build_network()
+            self.loss_curve_ = []
+            self._optimizers = {}
+        self.network_.to(images.device, memory_format=torch.channels_last)
+        torch.manual_seed(self._seed + len(self.loss_curve_))
+        try:
+            train(
+                self.network_,
+                images,
+                None if labels is None else torch.from_numpy(labels[images.rows]),
+                losses=self._losses,
+                optimizer=self._optimizer,
+                scheduler=self._scheduler,
+                optimizers=self._optimizers,
+                loss_curve=self.loss_curve_,
+                max_epochs=self.max_epochs,
+                batch_size=self.batch_size,
+                precision=self.precision,
+                verbose=self.verbose,
+            )
+        finally:
+            self.n_iter_ = len(self.loss_curve_)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_optimizers"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if hasattr(self, "network_"):
+            self._optimizers = {}

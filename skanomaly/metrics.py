@@ -1,0 +1,374 @@
+"""Exact metrics of anomaly localization.
+
+Every score here is a mean or a maximum over the anomalous pixels: each of them asks how
+many normal pixels of the whole set lie above its own value. One sort of the pixels
+answers that for every threshold that matters, so that no grid of thresholds is needed.
+"""
+
+import math
+
+import numpy as np
+from scipy import ndimage
+from sklearn.metrics._scorer import _BaseScorer
+
+
+def pixel_roc_auc_score(masks, maps):
+    """Area under the ROC curve over all pixels of all images.
+
+    Parameters
+    ----------
+    masks : array-like of shape (n, H, W)
+        Ground truth, boolean or integers 0 and 1; True where a pixel is anomalous.
+    maps : array-like of shape (n, H, W)
+        Anomaly maps, high where a pixel looks anomalous. They are compared in their own
+        precision.
+
+    Returns
+    -------
+    score : float
+        Probability that an anomalous pixel has a higher map value than a normal one,
+        where equal values count one half. A constant map scores 0.5.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, the masks are not binary, the maps are not finite, or
+        there is no anomalous or no normal pixel.
+
+    See Also
+    --------
+    pixel_average_precision_score : Less lenient where anomalous pixels are rare.
+    pro_auc_score : Gives every anomalous region the same weight, however small.
+
+    Notes
+    -----
+    The area is computed from the ranks of the anomalous pixels [1]_, at the cost of one
+    sort.
+
+    References
+    ----------
+    .. [1] J. A. Hanley and B. J. McNeil, "The meaning and use of the area under a
+       receiver operating characteristic (ROC) curve", Radiology 143, 1982.
+       https://doi.org/10.1148/radiology.143.1.7063747
+
+    Examples
+    --------
+    >>> from skanomaly.metrics import pixel_roc_auc_score
+    >>> masks = [[[0, 0, 1, 1]]]
+    >>> maps = [[[0.1, 0.4, 0.4, 0.9]]]
+    >>> pixel_roc_auc_score(masks, maps)
+    0.875
+    """
+    masks, maps = _check_masks_and_maps(masks, maps, ndim=3)
+    normal, anomalous = _sorted_values(masks, maps)
+    n_false_positives = _n_above(normal, anomalous) + _n_at_least(normal, anomalous)
+    return float(1 - n_false_positives.mean() / (2 * normal.size))
+
+
+def pixel_average_precision_score(masks, maps):
+    """Average precision over all pixels of all images.
+
+    Parameters
+    ----------
+    masks : array-like of shape (n, H, W)
+        Ground truth, boolean or integers 0 and 1; True where a pixel is anomalous.
+    maps : array-like of shape (n, H, W)
+        Anomaly maps, high where a pixel looks anomalous. They are compared in their own
+        precision.
+
+    Returns
+    -------
+    score : float
+        Mean over the anomalous pixels of the precision at their own map value. A
+        constant map scores the fraction of anomalous pixels.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, the masks are not binary, the maps are not finite, or
+        there is no anomalous or no normal pixel.
+
+    See Also
+    --------
+    pixel_roc_auc_score : Does not depend on how rare anomalous pixels are.
+    f1_max : The best single threshold instead of the mean over all.
+
+    Notes
+    -----
+    The curve is summed in steps, as :func:`sklearn.metrics.average_precision_score`
+    does. The trapezoidal rule would join points of the precision-recall curve by lines
+    that no detector reaches.
+
+    Examples
+    --------
+    >>> from skanomaly.metrics import pixel_average_precision_score
+    >>> masks = [[[0, 0, 1, 1]]]
+    >>> maps = [[[0.1, 0.4, 0.3, 0.9]]]
+    >>> round(pixel_average_precision_score(masks, maps), 4)
+    0.8333
+    """
+    masks, maps = _check_masks_and_maps(masks, maps, ndim=3)
+    normal, anomalous = _sorted_values(masks, maps)
+    n_true_positives = _n_at_least(anomalous, anomalous)
+    n_positives = n_true_positives + _n_at_least(normal, anomalous)
+    return float(np.mean(n_true_positives / n_positives))
+
+
+def pro_auc_score(masks, maps, *, max_fpr=0.3):
+    """Normalized area under the per-region overlap (PRO) curve.
+
+    Parameters
+    ----------
+    masks : array-like of shape (n, H, W)
+        Ground truth, boolean or integers 0 and 1; True where a pixel is anomalous.
+    maps : array-like of shape (n, H, W)
+        Anomaly maps, high where a pixel looks anomalous. They are compared in their own
+        precision.
+    max_fpr : float, default=0.3
+        False positive rate, in (0, 1], at which the curve is cut. The area is divided
+        by it.
+
+    Returns
+    -------
+    score : float
+        Area up to `max_fpr` divided by `max_fpr`: 1 for a perfect detector,
+        `max_fpr / 2` for a constant map.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, the masks are not binary, the maps are not finite, there
+        is no anomalous or no normal pixel, or `max_fpr` is outside of (0, 1].
+
+    See Also
+    --------
+    pixel_roc_auc_score : The same area with equal weights for pixels, not for regions.
+
+    Notes
+    -----
+    At each threshold the overlap is the fraction of an anomalous region that the map
+    covers, averaged over the regions of the whole set [1]_. Regions are 8-connected
+    components of a mask. The false positive rate counts the normal pixels of all
+    images, those without any anomaly included. The curve has a point at every distinct
+    map value, starts at (0, 0), is linear in between, and is cut exactly at `max_fpr`.
+
+    The PRO curve is a ROC curve in which an anomalous pixel weighs the inverse of the
+    size of its region. The area is summed pixel by pixel in double precision.
+
+    References
+    ----------
+    .. [1] P. Bergmann, K. Batzner, M. Fauser, D. Sattlegger and C. Steger, "The MVTec
+       Anomaly Detection Dataset: A Comprehensive Real-World Dataset for Unsupervised
+       Anomaly Detection", International Journal of Computer Vision 129, 2021.
+       https://doi.org/10.1007/s11263-020-01400-4
+
+    Examples
+    --------
+    >>> from skanomaly.metrics import pro_auc_score
+    >>> masks = [[[1, 0, 1, 1, 1, 0]]]
+    >>> maps = [[[0.9, 0.8, 0.7, 0.7, 0.7, 0.1]]]
+    >>> pro_auc_score(masks, maps, max_fpr=1.0)
+    0.75
+    """
+    if not 0 < max_fpr <= 1:
+        raise ValueError(f"max_fpr must lie in (0, 1], got {max_fpr!r}.")
+    masks, maps = _check_masks_and_maps(masks, maps, ndim=3)
+    anomalous, weights = maps[masks], _region_weights(masks)
+    order = np.argsort(anomalous)
+    anomalous, weights = anomalous[order], weights[order]
+
+    # Only the highest normal pixels are false positives before the curve is cut.
+    normal = maps[~masks]
+    limit = max_fpr * normal.size
+    n_needed = math.ceil(limit)
+    normal = normal[normal >= np.partition(normal, -n_needed)[-n_needed]]
+    normal.sort()
+
+    # A pixel adds its weight to the curve while the number of false positives grows
+    # from `start` to `stop`; from there on it counts in full.
+    start, stop = _n_above(normal, anomalous), _n_at_least(normal, anomalous)
+    cut = np.clip(limit, start, stop)
+    ramp = (cut - start) ** 2 / (2 * np.maximum(stop - start, 1))
+    area = ramp + np.maximum(limit - stop, 0)
+    return float(np.average(area / limit, weights=weights))
+
+
+def f1_max(masks, maps):
+    """Highest F1 score that any threshold reaches.
+
+    Parameters
+    ----------
+    masks : array-like of any shape
+        Ground truth, boolean or integers 0 and 1; True where anomalous: masks of shape
+        (n, H, W), or image labels of shape (n,).
+    maps : array-like of the same shape as `masks`
+        Anomaly maps, or one anomaly score per image, high where anomalous. They are
+        compared in their own precision.
+
+    Returns
+    -------
+    score : float
+        Maximum over the thresholds of the harmonic mean of precision and recall.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, the masks are not binary, the maps are not finite, or
+        nothing is anomalous or nothing is normal.
+
+    See Also
+    --------
+    pixel_average_precision_score : The mean over all thresholds, not the best one.
+
+    Notes
+    -----
+    The threshold is chosen on the data that are scored: this is an upper bound of what
+    a threshold fixed beforehand can reach. For the labels (+1 normal, -1 anomalous) and
+    scores (high = normal) of a fitted detector, the image score is
+    ``f1_max(y == -1, -detector.score_samples(X))``.
+
+    Examples
+    --------
+    >>> from skanomaly.metrics import f1_max
+    >>> f1_max([False, False, True, True], [0.1, 0.4, 0.3, 0.9])
+    0.8
+    """
+    masks, maps = _check_masks_and_maps(masks, maps)
+    normal, anomalous = _sorted_values(masks, maps)
+    n_true_positives = _n_at_least(anomalous, anomalous)
+    n_positives = n_true_positives + _n_at_least(normal, anomalous)
+    return float(np.max(2 * n_true_positives / (n_positives + anomalous.size)))
+
+
+def make_localization_scorer(score_func, **kwargs):
+    """Make a scorer of anomaly maps for cross-validation and searches.
+
+    Parameters
+    ----------
+    score_func : callable
+        Metric with the signature ``score_func(masks, maps, **kwargs)``, such as
+        :func:`pro_auc_score`. Higher is better.
+    **kwargs : dict
+        Further arguments of `score_func`.
+
+    Returns
+    -------
+    scorer : callable
+        Object with the signature ``scorer(estimator, X, y=None, *, masks=None)`` that
+        returns ``score_func(masks, estimator.localize(X), **kwargs)``. Without `masks`,
+        `y` must hold the masks, of shape (n, H, W).
+
+    See Also
+    --------
+    sklearn.metrics.make_scorer : The counterpart for predictions and image scores.
+
+    Notes
+    -----
+    In a search the masks arrive in one of two ways: as metadata, after
+    ``sklearn.set_config(enable_metadata_routing=True)`` and
+    ``scorer.set_score_request(masks=True)``, with ``search.fit(X, y, masks=masks)``; or
+    in the place of the labels, with ``search.fit(X, masks)``.
+
+    Several such scorers in one search share a single call of `localize` per fold.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.base import BaseEstimator, OutlierMixin
+    >>> from skanomaly.metrics import make_localization_scorer, pro_auc_score
+    >>> class Darkness(OutlierMixin, BaseEstimator):
+    ...     def fit(self, X, y=None):
+    ...         return self
+    ...
+    ...     def localize(self, X):
+    ...         return 1 - X
+    >>> X = np.array([[[0.9, 0.2, 0.8, 0.7]]])
+    >>> scorer = make_localization_scorer(pro_auc_score, max_fpr=1.0)
+    >>> scorer(Darkness().fit(X), X, masks=X < 0.5)
+    1.0
+    """
+    return _LocalizationScorer(score_func, 1, kwargs, response_method="localize")
+
+
+class _LocalizationScorer(_BaseScorer):
+    __metadata_request__score = {"masks": None}
+
+    def __call__(self, estimator, X, y=None, *, masks=None):
+        return self._score(_call_method, estimator, X, y, masks=masks)
+
+    def _score(self, method_caller, estimator, X, y=None, *, masks=None):
+        masks = y if masks is None else masks
+        if masks is None or np.ndim(masks) < 2:
+            given = "none" if masks is None else f"an array of shape {np.shape(masks)}"
+            raise ValueError(
+                f"{self!r} needs masks of shape (n, H, W), got {given}. Request them "
+                "with set_score_request(masks=True) and pass masks=..., or pass them "
+                "in the place of y."
+            )
+        maps = method_caller(estimator, self._response_method, X)
+        return self._score_func(masks, maps, **self._kwargs)
+
+    def __repr__(self):
+        arguments = [self._score_func.__name__]
+        arguments += [f"{name}={value!r}" for name, value in self._kwargs.items()]
+        return f"make_localization_scorer({', '.join(arguments)})"
+
+
+def _call_method(estimator, method, X):
+    return getattr(estimator, method)(X)
+
+
+def _check_masks_and_maps(masks, maps, ndim=None):
+    masks, maps = np.asarray(masks), np.asarray(maps)
+    if masks.shape != maps.shape:
+        raise ValueError(
+            "masks and maps must have the same shape, "
+            f"got {masks.shape} and {maps.shape}."
+        )
+    if ndim is not None and masks.ndim != ndim:
+        raise ValueError(
+            f"masks and maps must have the shape (n, H, W), got {masks.shape}."
+        )
+    if masks.dtype.kind not in "biu" or not np.array_equal(masks, masks.astype(bool)):
+        raise ValueError(
+            "masks must be boolean or hold the integers 0 (normal) and 1 (anomalous), "
+            f"got {masks.dtype} with values such as {np.unique(masks)[:5]}. Binarise "
+            "at half of the maximum, for example with `masks > 127` for 8-bit images."
+        )
+    if maps.dtype.kind not in "biuf":
+        raise ValueError(f"maps must hold real numbers, got {maps.dtype}.")
+    if not np.isfinite(maps).all():
+        raise ValueError("maps must be finite, got NaN or infinity.")
+    masks = masks.astype(bool, copy=False)
+    if not masks.any():
+        raise ValueError("masks must contain an anomalous pixel, all are normal.")
+    if masks.all():
+        raise ValueError("masks must contain a normal pixel, all are anomalous.")
+    return masks, maps
+
+
+def _sorted_values(masks, maps):
+    """Ascending values of the normal and of the anomalous pixels."""
+    normal, anomalous = maps[~masks], maps[masks]
+    normal.sort()
+    anomalous.sort()
+    return normal, anomalous
+
+
+def _n_above(values, thresholds):
+    """Count the sorted values that are greater than each threshold."""
+    return values.size - np.searchsorted(values, thresholds, side="right")
+
+
+def _n_at_least(values, thresholds):
+    """Count the sorted values that are greater than or equal to each threshold."""
+    return values.size - np.searchsorted(values, thresholds, side="left")
+
+
+def _region_weights(masks):
+    """Inverse size of its 8-connected region for each anomalous pixel."""
+    weights = []
+    for mask in masks[masks.any(axis=(1, 2))]:
+        region = ndimage.label(mask, structure=np.ones((3, 3)))[0][mask]
+        weights.append(1 / np.bincount(region)[region])
+    return np.concatenate(weights)

@@ -1,0 +1,160 @@
+"""Pipelines that localize: scikit-learn's Pipeline and a way back for the maps."""
+
+import numpy as np
+from sklearn import pipeline as sklearn_pipeline
+from sklearn.pipeline import _final_estimator_has, _name_estimators
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted
+
+
+class Pipeline(sklearn_pipeline.Pipeline):
+    """Chain of transformers and a detector, with anomaly maps at the input resolution.
+
+    scikit-learn's :class:`~sklearn.pipeline.Pipeline` plus :meth:`localize` and
+    :meth:`segment`. The images run forward through the transformers, the last step
+    computes its maps, and the maps walk back through the steps that changed the
+    geometry, until they fit the images that entered.
+
+    Parameters
+    ----------
+    steps : list of (str, estimator) tuples
+        Names and estimators in the order in which they are chained. All but the last
+        one must be transformers, ``"passthrough"`` or None.
+    transform_input : list of str, default=None
+        Names of metadata that run through the transformers like `X`; see
+        :class:`sklearn.pipeline.Pipeline`. Needs metadata routing.
+    memory : str or object with the joblib.Memory interface, default=None
+        Cache of the fitted transformers; a string is a path to a folder.
+    verbose : bool, default=False
+        Whether to print the time that each step takes to fit.
+
+    Attributes
+    ----------
+    named_steps : Bunch
+        The steps by name.
+    n_features_in_ : int
+        Number of features that the first step saw in `fit`; only defined if that step
+        defines it.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the features that the first step saw in `fit`; only defined if that
+        step defines it.
+
+    See Also
+    --------
+    make_pipeline : Build a pipeline without naming its steps.
+
+    Notes
+    -----
+    A step that changes the geometry has the method ``inverse_transform_maps(maps, X)``:
+    it takes maps of shape (n, h, w) that fit the step's output and the images `X` that
+    entered the step, and returns maps of shape (n, H, W) that fit `X`. A step without
+    this method is passed over, hence the maps have the resolution of the first array:
+    that of `X`, or, behind a step that loads files, that of the loaded images. A
+    pipeline may stand inside a pipeline, scikit-learn's own as a transformer too.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skanomaly.autoencoder import Autoencoder
+    >>> from skanomaly.images import ResizeImages
+    >>> from skanomaly.pipeline import Pipeline
+    >>> X = np.random.default_rng(0).random((8, 24, 20, 3), dtype=np.float32)
+    >>> pipeline = Pipeline(
+    ...     [
+    ...         ("resize", ResizeImages((16, 16))),
+    ...         ("detect", Autoencoder(max_epochs=1, random_state=0)),
+    ...     ]
+    ... )
+    >>> pipeline.fit(X).localize(X).shape
+    (8, 24, 20)
+    """
+
+    @available_if(_final_estimator_has("localize"))
+    def localize(self, X):
+        """Compute anomaly maps at the resolution of the first array.
+
+        Only available if the last step has `localize`.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), or what the first step takes
+            Images.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n, H, W), float32
+            Anomaly maps, high where anomalous.
+        """
+        return self._maps(X, "localize")
+
+    @available_if(_final_estimator_has("segment"))
+    def segment(self, X):
+        """Mark the anomalous pixels at the resolution of the first array.
+
+        The regions found by the last step walk back as maps of zeros and ones; a pixel
+        is anomalous where the returned map exceeds one half. Only available if the
+        last step has `segment`.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), or what the first step takes
+            Images.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n, H, W), bool
+            True where anomalous.
+        """
+        return self._maps(X, "segment") > 0.5
+
+    def _maps(self, X, method):
+        check_is_fitted(self)
+        way_back = []
+        for transformer in _transformers(self._iter(with_final=False)):
+            if hasattr(transformer, "inverse_transform_maps"):
+                way_back.append((transformer, X))
+            X = transformer.transform(X)
+        maps = getattr(self._final_estimator, method)(X).astype(np.float32, copy=False)
+        for transformer, X in reversed(way_back):
+            maps = transformer.inverse_transform_maps(maps, X)
+        return maps
+
+
+def _transformers(steps):
+    for _, _, step in steps:
+        if isinstance(step, sklearn_pipeline.Pipeline):
+            yield from _transformers(step._iter())
+        else:
+            yield step
+
+
+def make_pipeline(*steps, memory=None, verbose=False):
+    """Build a :class:`Pipeline` whose steps are named after their types.
+
+    Parameters
+    ----------
+    *steps : estimators
+        Transformers and, last, a detector.
+    memory : str or object with the joblib.Memory interface, default=None
+        Cache of the fitted transformers; a string is a path to a folder.
+    verbose : bool, default=False
+        Whether to print the time that each step takes to fit.
+
+    Returns
+    -------
+    Pipeline
+        The pipeline; the names of its steps are the types in lower case.
+
+    See Also
+    --------
+    Pipeline : The class, for steps with names of one's own.
+
+    Examples
+    --------
+    >>> from skanomaly.autoencoder import Autoencoder
+    >>> from skanomaly.images import ResizeImages
+    >>> from skanomaly.pipeline import make_pipeline
+    >>> list(make_pipeline(ResizeImages((16, 16)), Autoencoder()).named_steps)
+    ['resizeimages', 'autoencoder']
+    """
+    return Pipeline(_name_estimators(steps), memory=memory, verbose=verbose)

@@ -1,0 +1,246 @@
+"""Textures against their photographs, and folders in MVTec's layout."""
+
+import shutil
+import socket
+
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.testing import assert_array_equal
+from PIL import Image
+from skimage import data
+
+from skanomaly.datasets import load_mvtec, load_textures
+
+KINDS = ["hole", "patch", "scratch", "stain"]
+
+
+# load_textures
+
+
+def clean_crop(image, mask, area):
+    """Return the crop of an area that equals the image outside the mask, or None."""
+    crops = sliding_window_view(area, image.shape).reshape(-1, *image.shape)
+    for candidates in (crops, crops[:, :, ::-1]):
+        equal = (candidates == image)[:, ~mask].all(axis=1)
+        if equal.any():
+            return candidates[equal.argmax()]
+    return None
+
+
+@pytest.mark.parametrize("texture", ["brick", "grass", "gravel"])
+def test_textures_are_the_photograph_but_for_the_defect(texture):
+    textures = load_textures(texture=texture, n_train=5, n_test=16, size=32)
+    photograph = getattr(data, texture)()
+    left, right = (
+        np.asarray(Image.fromarray(part).resize((width, 128), Image.BILINEAR))
+        for part, width in [(photograph[:, :320], 80), (photograph[:, 320:], 48)]
+    )
+    unmasked = np.zeros((32, 32), bool)
+    for image in textures.X_train[..., 0]:
+        assert clean_crop(image, unmasked, left) is not None
+        assert clean_crop(image, unmasked, right) is None
+    for image, mask, kind in zip(
+        textures.X_test[..., 0],
+        textures.masks_test,
+        textures.defect_test,
+        strict=True,
+    ):
+        clean = clean_crop(image, mask, right)
+        assert clean is not None, kind
+        assert clean_crop(image, mask, left) is None
+        if kind != "good":
+            change = np.abs(image[mask].astype(int) - clean[mask])
+            assert change.mean() > 15, kind
+
+
+def test_textures_bunch():
+    textures = load_textures()
+    assert textures.X_train.shape == (200, 64, 64, 1)
+    assert textures.X_test.shape == (80, 64, 64, 1)
+    assert textures.X_train.dtype == textures.X_test.dtype == np.uint8
+    names, counts = np.unique(textures.defect_test, return_counts=True)
+    assert names.tolist() == ["good", *KINDS]
+    assert counts.tolist() == [40, 10, 10, 10, 10]
+    assert_array_equal(textures.y_test == -1, textures.defect_test != "good")
+    covered = textures.masks_test.mean(axis=(1, 2))
+    assert textures.masks_test.dtype == bool
+    assert not covered[textures.y_test == 1].any()
+    assert covered[textures.y_test == -1].min() > 0.01
+    assert covered[textures.y_test == -1].max() < 0.3
+    assert "CC0" in textures.DESCR
+
+
+@pytest.mark.parametrize("size", [16, 51, 128])
+def test_textures_of_any_size(size):
+    textures = load_textures(n_train=2, n_test=9, size=size)
+    assert textures.X_train.shape == (2, size, size, 1)
+    assert textures.masks_test.shape == (9, size, size)
+    assert textures.masks_test[textures.y_test == -1].any(axis=(1, 2)).all()
+
+
+def test_textures_are_seeded():
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    first, same, other = (
+        load_textures(n_train=4, n_test=8, random_state=seed) for seed in (0, 0, 1)
+    )
+    for key in ("X_train", "X_test", "masks_test"):
+        assert_array_equal(first[key], same[key])
+        assert (first[key] != other[key]).any()
+    assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+
+
+def test_textures_need_no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was asked for")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    for texture in ("brick", "grass", "gravel"):
+        load_textures(texture=texture, n_train=1, n_test=1)
+
+
+def test_textures_parameters_are_checked():
+    for params in ({"texture": "wood"}, {"size": 129}, {"n_train": 0}):
+        with pytest.raises(ValueError, match=next(iter(params))):
+            load_textures(**params)
+
+
+# load_mvtec
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Return a folder with the category "cork": 12 x 10 pixels, two defects."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "cork"
+    for name in (
+        "train/good/1.png",
+        "train/good/0.png",
+        "train/good/2.PNG",
+        "test/good/0.bmp",
+        "test/hole/000.png",
+        "test/hole/001.png",
+        "test/crack/000.tif",
+    ):
+        save(folder / name, rng.integers(0, 256, (12, 10, 3), np.uint8))
+    (folder / "train" / "good" / "notes.txt").write_text("no image")
+    (folder / "train" / "good" / "._0.png").write_bytes(b"no image")
+    mask = np.zeros((12, 10), np.uint8)
+    mask[2:6, 4:8] = 255
+    mask[0, :4] = 0, 1, 127, 128
+    save(folder / "ground_truth/hole/000_mask.png", mask)
+    save(folder / "ground_truth/hole/001.png", mask[::-1])
+    save(folder / "ground_truth/crack/000_mask.bmp", mask[:, ::-1])
+    return tmp_path
+
+
+def test_mvtec_is_read_in_order(root):
+    cork = load_mvtec(root, "cork")
+    folder = root / "cork"
+    train = [folder / "train" / "good" / name for name in ("0.png", "1.png", "2.PNG")]
+    test = ["crack/000.tif", "good/0.bmp", "hole/000.png", "hole/001.png"]
+    test = [folder / "test" / name for name in test]
+    assert cork.paths_train.tolist() == [str(path) for path in train]
+    assert cork.paths_test.tolist() == [str(path) for path in test]
+    assert_array_equal(cork.X_train, [np.array(Image.open(path)) for path in train])
+    assert_array_equal(cork.X_test, [np.array(Image.open(path)) for path in test])
+    assert cork.defect_test.tolist() == ["crack", "good", "hole", "hole"]
+    assert cork.y_test.tolist() == [-1, 1, -1, -1]
+
+    mask = np.zeros((12, 10), bool)
+    mask[2:6, 4:8] = True
+    mask[0, 3] = True
+    expected = [mask[:, ::-1], np.zeros((12, 10), bool), mask, mask[::-1]]
+    assert cork.masks_test.dtype == bool
+    assert_array_equal(cork.masks_test, expected)
+
+
+def test_mvtec_is_resized(root):
+    cork = load_mvtec(str(root), "cork", size=(7, 23), mode="L", n_jobs=2)
+    assert cork.X_train.shape == (3, 7, 23, 1)
+    assert cork.X_test.shape == (4, 7, 23, 1)
+    full = load_mvtec(root, "cork").masks_test
+    for mask, original in zip(cork.masks_test, full, strict=True):
+        pillow = Image.fromarray(original.astype(np.uint8)).resize((23, 7), 0)
+        assert_array_equal(mask, np.asarray(pillow).astype(bool))
+
+
+def test_mvtec_without_masks(root):
+    (root / "cork" / "ground_truth").rename(root / "elsewhere")
+    cork = load_mvtec(root, "cork")
+    assert cork.masks_test is None
+    assert cork.y_test.tolist() == [-1, 1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "missing", ["", "cork", "cork/train", "cork/train/good", "cork/test"]
+)
+def test_mvtec_names_the_missing_folder(root, missing):
+    shutil.rmtree(root / missing)
+    with pytest.raises(FileNotFoundError, match=r"no folder.*Wanted are") as error:
+        load_mvtec(root, "cork")
+    assert str(root / missing) in str(error.value)
+
+
+def test_mvtec_names_the_empty_folder(root):
+    for path in (root / "cork" / "train" / "good").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no images in .*train.good"):
+        load_mvtec(root, "cork")
+
+
+def test_mvtec_names_the_missing_mask(root):
+    (root / "cork" / "ground_truth" / "hole" / "001.png").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"test.hole.001\.png.*ground_truth.hole.001_mask\.png"
+    ):
+        load_mvtec(root, "cork")
+
+
+def test_mvtec_names_the_mask_of_another_size(root):
+    save(root / "cork/ground_truth/hole/001.png", np.zeros((10, 12), np.uint8))
+    for size in (None, 8):
+        with pytest.raises(ValueError, match=r"001\.png.*\(10, 12\).*\(12, 10\)"):
+            load_mvtec(root, "cork", size=size)
+
+
+def test_mvtec_names_the_damaged_file(root):
+    path = root / "cork" / "test" / "hole" / "001.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(OSError, match=r"test.hole.001\.png"):
+        load_mvtec(root, "cork")
+
+
+def test_mvtec_sizes_must_agree_between_training_and_test(root):
+    save(root / "cork/test/good/0.bmp", np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"0\.bmp.*\(9, 9\)"):
+        load_mvtec(root, "cork")
+
+
+# Real images
+
+
+@pytest.mark.parametrize(
+    ("folder", "category", "n_train", "n_good", "n_anomalous", "masked"),
+    [
+        ("mvtec_ad", "toothbrush", 48, 12, 30, True),
+        ("magnetic_tile", "tile", 240, 60, 150, True),
+        ("brain_mri", "brain", 58, 29, 141, False),
+    ],
+)
+def test_real_sets(shared_data, folder, category, n_train, n_good, n_anomalous, masked):
+    images = load_mvtec(shared_data / folder, category, size=64)
+    assert images.X_train.shape == (n_train, 64, 64, 3)
+    assert images.X_test.shape == (n_good + n_anomalous, 64, 64, 3)
+    assert np.sum(images.y_test == 1) == n_good
+    if not masked:
+        assert images.masks_test is None
+        return
+    covered = images.masks_test.mean(axis=(1, 2))
+    assert not covered[images.y_test == 1].any()
+    assert covered[images.y_test == -1].mean() > 0.005

@@ -1,0 +1,435 @@
+"""Decoding against Pillow, resizing against Pillow, and the ways back for maps."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+from sklearn.base import clone
+
+from skanomaly.images import (
+    CenterCropImages,
+    LoadImages,
+    ResizeImages,
+    ToDevice,
+    read_image,
+)
+
+
+def random_image(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Return the paths of seven colour images of 9 x 7 pixels."""
+    paths = [tmp_path / f"{i}.png" for i in range(7)]
+    for i, path in enumerate(paths):
+        Image.fromarray(random_image(9, 7, 3, seed=i)).save(path)
+    return paths
+
+
+def stacked(paths):
+    return np.stack([np.array(Image.open(path).convert("RGB")) for path in paths])
+
+
+# Decoding
+
+
+def test_read_colour_and_grey(tmp_path):
+    pixels = random_image(5, 4, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert_array_equal(read_image(tmp_path / "a.png"), pixels)
+    grey = read_image(str(tmp_path / "a.png"), mode="L")
+    luma = pixels @ [0.299, 0.587, 0.114]
+    assert grey.shape == (5, 4, 1) and grey.dtype == np.uint8
+    assert_allclose(grey[:, :, 0], luma, atol=0.51)
+
+
+def test_read_16_bit_grey(tmp_path):
+    levels = np.array([[0, 128, 129, 257], [32768, 65278, 65407, 65535]], np.uint16)
+    for name in ("a.png", "a.tiff"):
+        Image.fromarray(levels).save(tmp_path / name)
+        pixels = read_image(tmp_path / name, mode="L")[:, :, 0]
+        assert_array_equal(pixels, np.round(levels / 257))
+
+
+def test_read_applies_orientation(tmp_path):
+    pixels = random_image(6, 4, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(pixels, -1))
+
+
+def test_read_palette_and_alpha(tmp_path):
+    rgba = random_image(6, 4, 4)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert_array_equal(read_image(tmp_path / "a.png"), rgba[:, :, :3])
+
+    indices = Image.fromarray(random_image(6, 4) % 3).convert("P")
+    indices.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    indices.save(tmp_path / "b.png", transparency=bytes([0, 128, 255]))
+    palette = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]])
+    assert_array_equal(read_image(tmp_path / "b.png"), palette[random_image(6, 4) % 3])
+
+
+def test_read_resizes_to_height_and_width(tmp_path):
+    Image.fromarray(random_image(40, 30, 3)).save(tmp_path / "a.png")
+    image = Image.open(tmp_path / "a.png")
+    for size, (height, width) in [((8, 12), (8, 12)), (10, (10, 10))]:
+        expected = image.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = read_image(tmp_path / "a.png", size=size)
+        assert_array_equal(pixels, np.asarray(expected))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tiff"])
+def test_truncated_file_is_named(tmp_path, suffix):
+    path = tmp_path / f"torn.{suffix}"
+    Image.fromarray(random_image(64, 64, 3)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(OSError, match=f"torn.{suffix}"):
+        read_image(path)
+
+
+def test_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(OSError, match=r"Cannot read the image '.*text\.png'"):
+        read_image(tmp_path / "text.png")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        read_image(tmp_path / "nowhere.png")
+
+
+def test_pixels_without_range_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(OSError, match=r"a\.tiff.*no defined range"):
+        read_image(tmp_path / "a.tiff")
+
+
+# LoadImages
+
+
+@pytest.mark.parametrize("n_jobs", [None, 2])
+def test_load_equals_pillow(paths, n_jobs):
+    images = LoadImages(n_jobs=n_jobs).transform([str(path) for path in paths])
+    assert images.dtype == np.uint8
+    assert_array_equal(images, stacked(paths))
+
+
+def test_load_takes_arrays_and_series(paths):
+    pandas = pytest.importorskip("pandas")
+    names = [str(path) for path in paths]
+    expected = LoadImages().fit_transform(paths)
+    for X in (np.array(names), np.array(names, object), pandas.Series(names)[::1]):
+        assert_array_equal(LoadImages().fit_transform(X), expected)
+
+
+def test_load_resizes(paths):
+    images = LoadImages(size=(4, 6), mode="L").transform(paths)
+    assert images.shape == (7, 4, 6, 1)
+    assert_array_equal(images[3], read_image(paths[3], (4, 6), "L"))
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_load_names_the_first_file_of_another_size(paths, n_jobs):
+    Image.fromarray(random_image(5, 6, 3)).save(paths[2])
+    Image.fromarray(random_image(2, 3, 3)).save(paths[4])
+    with pytest.raises(ValueError, match=r"2\.png.*\(5, 6\).*\(9, 7\).*Give size="):
+        LoadImages(n_jobs=n_jobs).transform(paths)
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        np.zeros((3, 4, 4, 3), np.uint8),
+        np.zeros((3, 4)),
+        [1.0, 2.0],
+        ["a.png", None],
+        "a.png",
+    ],
+)
+def test_load_refuses_what_are_no_paths(X):
+    for method in ("fit", "transform"):
+        with pytest.raises(TypeError, match="paths"):
+            getattr(LoadImages(), method)(X)
+
+
+def test_load_refuses_nothing():
+    with pytest.raises(ValueError, match="0 sample"):
+        LoadImages().transform([])
+
+
+def test_load_checks_parameters_without_fit(paths):
+    with pytest.raises(ValueError, match="mode"):
+        LoadImages(mode="CMYK").transform(paths)
+    with pytest.raises(ValueError, match="size must be"):
+        LoadImages(size=(3, 0)).fit(paths)
+
+
+# LoadImages(memmap=...)
+
+
+def test_memmap_equals_array_and_is_used_again(paths, tmp_path):
+    folder = tmp_path / "new" / "cache"
+    loader = LoadImages(memmap=folder)
+    images = loader.transform(paths)
+    assert isinstance(images, np.memmap) and not images.flags.writeable
+    assert_array_equal(images, stacked(paths))
+
+    (file,) = folder.iterdir()
+    stamp = file.stat().st_mtime_ns, file.stat().st_ino
+    assert_array_equal(clone(loader).transform(paths), images)
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == stamp
+    assert list(folder.iterdir()) == [file]
+    assert file.stat().st_mode & 0o777 == paths[0].stat().st_mode & 0o777
+
+
+def test_memmap_is_named_by_what_it_holds(paths, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+
+    def n_files(paths, **params):
+        LoadImages(memmap=folder, **params).transform(paths)
+        return len(list(folder.iterdir()))
+
+    assert n_files(paths) == 1
+    monkeypatch.chdir(tmp_path)
+    assert n_files([path.name for path in paths], n_jobs=2) == 1
+    assert n_files(paths[::-1]) == 2
+    assert n_files(paths, mode="L") == 3
+    assert n_files(paths, size=5) == 4
+    assert n_files(paths, size=(5, 5)) == 4
+    os.utime(paths[0], ns=(0, 1))
+    assert n_files(paths) == 5
+
+
+def test_failed_load_leaves_nothing(paths, tmp_path):
+    paths[-1].write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"6\.png"):
+        LoadImages(memmap=tmp_path / "cache").transform(paths)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+FULL = """
+import resource, sys
+from skanomaly.images import LoadImages
+
+folder, *paths = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+try:
+    LoadImages(memmap=folder).transform(paths)
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs RLIMIT_FSIZE")
+def test_full_disk_leaves_the_old_file_and_no_other(paths, tmp_path):
+    folder = tmp_path / "cache"
+    old = LoadImages(memmap=folder).transform(paths[:2])
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    command = [sys.executable, "-c", FULL, str(folder), *map(str, paths)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert f"Cannot write {7 * 9 * 7 * 3} bytes" in child.stdout
+    assert str(folder) in child.stdout
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    assert_array_equal(old, stacked(paths[:2]))
+
+
+SLOW = """
+import sys
+from skanomaly.images import LoadImages
+
+folder, *paths = sys.argv[1:]
+print("ready", flush=True)
+LoadImages(memmap=folder).transform(paths * 5_000)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_interrupt_leaves_nothing(paths, tmp_path):
+    folder = tmp_path / "cache"
+    command = [sys.executable, "-c", SLOW, str(folder), *map(str, paths)]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as child:
+        child.stdout.readline()
+        while child.poll() is None and not (folder.exists() and list(folder.iterdir())):
+            time.sleep(0.005)
+        child.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in child.communicate()[1]
+    assert list(folder.iterdir()) == []
+
+
+def test_concurrent_calls_may_write_the_same_file(paths, tmp_path):
+    loader = LoadImages(memmap=tmp_path / "cache")
+    with joblib.Parallel(n_jobs=4, prefer="threads") as parallel:
+        arrays = parallel(joblib.delayed(loader.transform)(paths) for _ in range(8))
+    for images in arrays:
+        assert_array_equal(images, stacked(paths))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+# ResizeImages
+
+
+@pytest.mark.parametrize("size", [(24, 31), (120, 20), (64, 48), (7, 5), 33])
+def test_resize_equals_pillow(size):
+    X = random_image(2, 64, 48, 3)
+    resized = ResizeImages(size=size).fit_transform(X)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    for image, ours in zip(X, resized, strict=True):
+        pillow = Image.fromarray(image).resize((width, height), Image.BILINEAR)
+        assert ours.dtype == np.uint8
+        assert_allclose(ours, np.asarray(pillow).astype(int), atol=1)
+
+
+def test_resize_floats_equals_pillow():
+    X = np.random.default_rng(0).random((2, 40, 30))
+    resized = ResizeImages(size=(13, 17)).fit_transform(X)
+    assert resized.shape == (2, 13, 17, 1) and resized.dtype == np.float32
+    for image, ours in zip(X.astype(np.float32), resized, strict=True):
+        pillow = Image.fromarray(image).resize((17, 13), Image.BILINEAR)
+        assert_allclose(ours[:, :, 0], np.asarray(pillow), atol=1e-6)
+
+
+def test_resize_in_batches(monkeypatch):
+    X = random_image(7, 12, 10, 3)
+    expected = ResizeImages(size=6).fit_transform(X)
+    monkeypatch.setattr("skanomaly.images._VALUES_PER_BATCH", 2 * 12 * 10 * 3)
+    assert_array_equal(ResizeImages(size=6).fit_transform(X), expected)
+
+
+def test_resized_maps_fit_the_images():
+    X = random_image(3, 60, 40, 3)
+    resize = ResizeImages(size=(30, 20)).fit(X)
+    maps = np.random.default_rng(0).random((3, 30, 20))
+    back = resize.inverse_transform_maps(maps, X)
+    assert back.shape == (3, 60, 40) and back.dtype == np.float32
+    assert_allclose(back[:, 0, 0], maps[:, 0, 0], rtol=1e-6)
+    # two output pixels lie a quarter of a pixel off the centre of an input pixel
+    expected = 0.75 * maps[:, 1, 0] + 0.25 * maps[:, 0, 0]
+    assert_allclose(back[:, 2, 0], expected, rtol=1e-5)
+
+
+def test_maps_of_another_shape_are_refused():
+    X = random_image(3, 60, 40, 3)
+    for transformer in (ResizeImages(size=20), CenterCropImages(size=20)):
+        transformer.fit(X)
+        for shape in [(3, 21, 20), (2, 20, 20), (3, 20, 20, 1)]:
+            with pytest.raises(ValueError, match="maps must have the shape"):
+                transformer.inverse_transform_maps(np.zeros(shape), X)
+
+
+# CenterCropImages
+
+
+@pytest.mark.parametrize("size", [(4, 6), 5, (100, 3), (9, 7), 100])
+def test_crop_equals_pillow(size):
+    X = random_image(2, 9, 7, 3)
+    crop = CenterCropImages(size=size).fit(X)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    height, width = min(height, 9), min(width, 7)
+    top, left = (9 - height) // 2, (7 - width) // 2
+    cropped = crop.transform(X)
+    for image, ours in zip(X, cropped, strict=True):
+        box = (left, top, left + width, top + height)
+        assert_array_equal(ours, np.asarray(Image.fromarray(image).crop(box)))
+
+    maps = np.random.default_rng(0).random((2, height, width)).astype(np.float32) + 3
+    back = crop.inverse_transform_maps(maps, X)
+    assert back.shape == (2, 9, 7) and back.dtype == np.float32
+    assert_array_equal(back[:, top : top + height, left : left + width], maps)
+    for one, map_ in zip(back, maps, strict=True):
+        assert one.min() == map_.min()
+        assert np.count_nonzero(one == map_.min()) == 9 * 7 - height * width + 1
+
+
+# All of them
+
+
+TRANSFORMERS = [
+    ResizeImages(size=(5, 4)),
+    CenterCropImages(size=(5, 4)),
+    ToDevice(device="cpu"),
+]
+
+
+@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=repr)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64, np.float32, np.int64])
+def test_dtypes_and_tensors(transformer, dtype):
+    X = (
+        random_image(3, 9, 7, 3) / (1 if dtype in (np.uint8, np.int64) else 255)
+    ).astype(dtype)
+    kept = np.uint8 if dtype == np.uint8 else np.float32
+    from_array = np.asarray(clone(transformer).fit_transform(X))
+    from_tensor = clone(transformer).fit_transform(torch.from_numpy(X))
+    assert from_array.dtype == kept
+    assert isinstance(from_tensor, torch.Tensor)
+    assert_array_equal(from_tensor.numpy(), from_array)
+    assert from_tensor.numpy().dtype == kept
+
+
+@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=repr)
+def test_memory_map_and_rows(transformer, tmp_path):
+    X = random_image(3, 8, 8)
+    np.save(tmp_path / "X.npy", X)
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    expected = np.asarray(clone(transformer).fit_transform(X))
+    assert_array_equal(clone(transformer).fit_transform(mapped), expected)
+    assert_array_equal(clone(transformer).fit_transform(X.reshape(3, 64)), expected)
+
+
+@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=repr)
+def test_shape_is_remembered(transformer):
+    transformer = clone(transformer).fit(random_image(3, 9, 7, 3))
+    assert transformer.image_shape_ == (9, 7, 3)
+    assert transformer.n_features_in_ == 9 * 7 * 3
+    with pytest.raises(ValueError, match=r"\(9, 8, 3\).*\(9, 7, 3\)"):
+        transformer.transform(random_image(3, 9, 8, 3))
+    with pytest.raises(ValueError, match=r"LoadImages\(\)"):
+        transformer.transform(["a.png"])
+
+
+def test_rows_are_read_as_image_shape():
+    X = random_image(3, 6, 4, 2)
+    for transformer in (
+        ResizeImages(size=3, image_shape=(6, 4, 2)),
+        CenterCropImages(size=3, image_shape=(6, 4, 2)),
+    ):
+        expected = transformer.fit_transform(X)
+        assert_array_equal(transformer.fit_transform(X.reshape(3, -1)), expected)
+
+
+@pytest.mark.parametrize("size", [0, -3, (3,), (3, 4, 5), (3, 0), (3.0, 4), 2.5, "3"])
+def test_impossible_sizes_are_refused(size):
+    for transformer in (ResizeImages(size=size), CenterCropImages(size=size)):
+        with pytest.raises(ValueError, match="size"):
+            transformer.fit(random_image(2, 9, 7, 3))
+
+
+def test_to_device_copies():
+    X = random_image(3, 4, 4, 3)
+    images = ToDevice(device="cpu").fit_transform(X)
+    X[:] = 0
+    assert images.sum() > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_images_stay_on_the_gpu():
+    X = random_image(3, 9, 7, 3)
+    images = ToDevice().fit_transform(X)
+    assert images.device.type == "cuda"
+    resized = ResizeImages(size=4).fit_transform(images)
+    assert resized.device.type == "cuda"
+    assert_allclose(
+        resized.cpu().int(), ResizeImages(size=4).fit_transform(X).astype(int), atol=1
+    )
