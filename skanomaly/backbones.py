@@ -20,10 +20,11 @@ from torch import nn
 from .base import (
     ImageBatches,
     check_images,
-    network_from_arrays,
     network_to_arrays,
     resolve_device,
+    restore_network,
     seeded,
+    state_with_arrays,
 )
 from .training import autocast
 
@@ -80,7 +81,7 @@ class Backbone(nn.Module):
             )
         self.name = name
         self.layers = tuple(layers)
-        self.trunk = torchvision.models.get_model(name, weights=None)
+        self.trunk = _whole(name)
         stages = _chain(self.trunk, self.layers)
         unknown = [layer for layer in self.layers if layer not in stages]
         if unknown or not self.layers:
@@ -124,27 +125,22 @@ class Backbone(nn.Module):
                 result[stage] = features[..., :rows, :columns].float()
         return {layer: result[layer] for layer in self.layers}
 
-    def load_weights(self, weights):
-        """Load pretrained weights.
+    def load_weights(self, state, source):
+        """Load a state dict that was made for the whole network.
 
         Parameters
         ----------
-        weights : str or path
-            "imagenet" for torchvision's own (version 1, which papers use), downloaded
-            or taken from torch hub's cache; else the file of a state dict with
-            torchvision's names, ``.pth`` or ``.safetensors``. Layers behind the last
-            one wanted may be missing.
+        state : dict of str to torch.Tensor
+            Parameters and buffers under torchvision's names. Those of layers behind
+            the last one wanted may be missing.
+        source : str
+            Where the state dict comes from; named in the errors.
 
         Raises
         ------
-        OSError
-            If the weights cannot be read or downloaded.
         ValueError
-            If the file holds no state dict or one of another network.
+            If a parameter is missing, unknown or of another shape.
         """
-        state = (
-            _download(self.name) if weights == "imagenet" else _read_weights(weights)
-        )
         own = self.trunk.state_dict()
         with torch.device("meta"):
             known = _whole(self.name).state_dict()
@@ -154,17 +150,19 @@ class Backbone(nn.Module):
             if key not in state and not key.endswith("num_batches_tracked")
         ]
         unexpected = [key for key in state if key not in known]
-        wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+        misshapen = [
+            key for key in own if key in state and state[key].shape != own[key].shape
+        ]
         for problem, keys in (
-            ("misses", missing),
+            ("lacks", missing),
             ("holds the unknown", unexpected),
-            ("has another shape of", wrong),
+            ("has another shape of", misshapen),
         ):
             if keys:
+                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
                 raise ValueError(
-                    f"weights={str(weights)!r} do not fit {self.name} up to "
-                    f"{self.stages[-1]!r}: the file {problem} {keys[0]!r}"
-                    + (f" and {len(keys) - 1} more." if len(keys) > 1 else ".")
+                    f"weights={source!r} do not fit {self.name} up to "
+                    f"{self.stages[-1]!r}: the state dict {problem} {keys[0]!r}{more}."
                 )
         self.trunk.load_state_dict({key: state.get(key, own[key]) for key in own})
 
@@ -225,8 +223,8 @@ def _read_weights(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights={str(path)!r} is not a file; it must be 'imagenet', the path of a "
-            "state dict, or None."
+            f"weights={str(path)!r} is not a file; it must be 'imagenet', the path of "
+            "a state dict, or None."
         )
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -240,12 +238,13 @@ def _read_weights(path):
         isinstance(value, torch.Tensor) for value in state.values()
     ):
         raise ValueError(
-            f"weights={str(path)!r} holds no state dict, a dictionary of tensors by name."
+            f"weights={str(path)!r} holds no state dict, a dictionary of tensors by "
+            "name."
         )
     return state
 
 
-def make_backbone(name, layers, weights, device):
+def make_backbone(name, layers, weights, device, *, with_last_stage=False):
     """Build a backbone for inference on a device.
 
     Parameters
@@ -255,19 +254,41 @@ def make_backbone(name, layers, weights, device):
     layers : tuple of str
         Layers whose features are wanted.
     weights : str, path or None
-        "imagenet", the file of a state dict, or None for random weights, drawn from
-        torch's generator.
+        "imagenet" for torchvision's own (version 1, which papers use), downloaded or
+        taken from torch hub's cache; the file of a state dict with torchvision's names,
+        ``.pth`` or ``.safetensors``; or None for random weights, drawn from torch's
+        generator.
     device : torch.device
         Where to compute.
+    with_last_stage : bool, default=False
+        Whether the network's last stage is wanted too, behind ``layers``, if the
+        weights reach so far.
 
     Returns
     -------
     Backbone
         The network in evaluation mode.
+
+    Raises
+    ------
+    OSError
+        If the weights cannot be read or downloaded.
+    ValueError
+        If name or layers are unknown, or if the file holds no state dict or one of
+        another network.
     """
-    backbone = Backbone(name, layers)
+    with torch.device("meta"):
+        Backbone(name, layers)  # refuses unknown names before weights are fetched
+        last = _chain(_whole(name), ())[-1]
+    state = None
     if weights is not None:
-        backbone.load_weights(weights)
+        state = _download(name) if weights == "imagenet" else _read_weights(weights)
+    within_reach = state is None or any(key.startswith(f"{last}.") for key in state)
+    if with_last_stage and last not in layers and within_reach:
+        layers = (*layers, last)
+    backbone = Backbone(name, layers)
+    if state is not None:
+        backbone.load_weights(state, str(weights))
     return backbone.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -417,7 +438,9 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         X = check_images(self, X, reset=True, image_shape=self.image_shape)
         check_channels(self)
         with seeded(check_random_state(self.random_state).randint(2**31 - 1)):
-            self.network_ = self._build_network(resolve_device(self.device, X))
+            self.network_ = make_backbone(
+                self.backbone, self.layers, self.weights, resolve_device(self.device, X)
+            )
         return self
 
     def transform(self, X):
@@ -440,5 +463,111 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         images = ImageBatches(X, resolve_device(self.device, X))
         self.network_.to(images.device)
         if self.memory is None:
-            return self._compute(images)
+            return _collect(len(images), self._compute(images))
         return self._remember(images)
+
+    def inverse_transform_maps(self, maps, X):
+        """Bring maps from the grid of the features back to the size of the images.
+
+        Parameters
+        ----------
+        maps : array-like of shape (n, rows, columns)
+            Anomaly maps of the features.
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            The images that were transformed.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n, H, W)
+            The maps at the resolution of the images, interpolated bilinearly, float32.
+        """
+        check_is_fitted(self)
+        maps = torch.from_numpy(np.array(maps, dtype=np.float32))[:, None]
+        size = self.image_shape_[:2]
+        return F.interpolate(maps, size, mode="bilinear")[:, 0].numpy()
+
+    def _build_network(self):
+        return Backbone(self.backbone, self.layers)
+
+    def _compute(self, images):
+        """Yield the features of one batch after the other."""
+        for rows in gen_batches(len(images), self.batch_size):
+            with torch.inference_mode(), autocast(images.device, self.precision):
+                features = self.network_(images[rows])
+            yield self._to_records(features)
+
+    def _to_records(self, features):
+        if self.pool:
+            pooled = [maps.mean(dim=(2, 3)) for maps in features.values()]
+            return torch.cat(pooled, dim=1).cpu().numpy()
+        arrays = {
+            layer: maps.permute(0, 2, 3, 1).cpu().numpy()
+            for layer, maps in features.items()
+        }
+        dtype = [(layer, np.float32, a.shape[1:]) for layer, a in arrays.items()]
+        records = np.empty(len(next(iter(arrays.values()))), dtype)
+        for layer, array in arrays.items():
+            records[layer] = array
+        return records
+
+    def _remember(self, images):
+        folder = Path(self.memory) / self._identity()
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"{_content_key(image)}.npy" for image in images.array]
+        first = {file: row for row, file in reversed(list(enumerate(files)))}
+        missing = sorted(row for file, row in first.items() if not file.exists())
+        if missing:
+            unseen = ImageBatches(images.array, images.device, np.array(missing))
+            remaining = iter(missing)
+            for records in self._compute(unseen):
+                for record in records:
+                    _save(files[next(remaining)], record)
+        return _collect(len(files), (np.load(file)[None] for file in files))
+
+    def _identity(self):
+        """Return a key of everything but the image that the features depend on."""
+        digest = hashlib.sha256(
+            repr(
+                (self.network_.stages, tuple(self.layers), self.pool, self.precision)
+            ).encode()
+        )
+        for name, array in network_to_arrays(self.network_).items():
+            digest.update(name.encode())
+            digest.update(array)
+        return f"{self.backbone}-{digest.hexdigest()[:24]}"
+
+    def __getstate__(self):
+        return state_with_arrays(super().__getstate__())
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        restore_network(self)
+
+
+def _collect(n, batches):
+    """Gather batches of arrays in one array of length n."""
+    result, start = None, 0
+    for batch in batches:
+        if result is None:
+            result = np.empty((n, *batch.shape[1:]), batch.dtype)
+        result[start : start + len(batch)] = batch
+        start += len(batch)
+    return result
+
+
+def _content_key(image):
+    image = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
+    digest = hashlib.sha256(repr((image.shape, image.dtype.str)).encode())
+    digest.update(np.ascontiguousarray(image))
+    return digest.hexdigest()[:32]
+
+
+def _save(file, record):
+    """Write an array into a file that appears under its name only when complete."""
+    temporary = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as stream:
+            np.save(stream, record)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

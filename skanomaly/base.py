@@ -94,8 +94,8 @@ def check_images(estimator, X, *, reset, image_shape=None, min_samples=1):
     name = type(estimator).__name__
     if _holds_paths(X):
         raise ValueError(
-            f"X holds strings or paths, but {name} works on images: put LoadImages() in "
-            "front of it, make_pipeline(LoadImages(size=...), ...)."
+            f"X holds strings or paths, but {name} works on images: put LoadImages() "
+            "in front of it, make_pipeline(LoadImages(size=...), ...)."
         )
     if isinstance(X, torch.Tensor):
         images = _check_tensor(name, X, min_samples)
@@ -110,8 +110,8 @@ def check_images(estimator, X, *, reset, image_shape=None, min_samples=1):
         )
     if images.ndim not in (2, 3, 4):
         raise ValueError(
-            f"X has shape {tuple(images.shape)}, but {name} wants images (n, H, W, C) or "
-            "(n, H, W), or their rows (n, H * W * C)."
+            f"X has shape {tuple(images.shape)}, but {name} wants images (n, H, W, C) "
+            "or (n, H, W), or their rows (n, H * W * C)."
         )
 
     if images.ndim == 2:
@@ -492,32 +492,66 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         self.map_threshold_ = np.quantile(np.concatenate(peaks), 1 - self.contamination)
 
     def __getstate__(self):
-        state = super().__getstate__()
-        if "network_" in state:
-            state = {**state, "network_": network_to_arrays(state["network_"])}
-        return state
+        return state_with_arrays(super().__getstate__())
 
     def __setstate__(self, state):
-        arrays = state.get("network_")
         super().__setstate__(state)
-        if arrays is not None:
-            self.network_ = network_from_arrays(self._build_network, arrays)
+        restore_network(self)
 
 
 def network_to_arrays(network):
-    """Return the parameters and buffers of a network as NumPy arrays by name."""
+    """Return the parameters and buffers of a network as NumPy arrays by name.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        A network on any device.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        Its state, which pickles without any torch storage.
+    """
     return {
         name: tensor.detach().cpu().contiguous().numpy()
         for name, tensor in network.state_dict().items()
     }
 
 
-def network_from_arrays(build, arrays):
+def state_with_arrays(state):
+    """Return the state of an estimator with its ``network_`` as NumPy arrays.
+
+    Parameters
+    ----------
+    state : dict
+        State of an estimator, to be pickled.
+
+    Returns
+    -------
+    dict
+        A copy of the state, or the state itself where there is no network.
+    """
+    if "network_" not in state:
+        return state
+    return {**state, "network_": network_to_arrays(state["network_"])}
+
+
+def restore_network(estimator):
+    """Rebuild the ``network_`` of an unpickled estimator from its NumPy arrays.
+
+    Parameters
+    ----------
+    estimator : BaseEstimator
+        An estimator that has ``_build_network()``, or one that is not fitted.
+    """
+    if not hasattr(estimator, "network_"):
+        return
+    arrays = estimator.network_
     with torch.device("meta"):
-        network = build()
+        network = estimator._build_network()
     tensors = {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
     network.load_state_dict(tensors, assign=True)
-    return network.to(memory_format=torch.channels_last).eval()
+    estimator.network_ = network.to(memory_format=torch.channels_last).eval()
 
 
 class NetworkDetector(BaseDetector):

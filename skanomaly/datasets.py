@@ -17,8 +17,8 @@ Square crops of a photograph that scikit-image brings along: skimage.data.brick,
 or gravel, 512 x 512 grey pixels, Creative Commons CC0 (brick and gravel from
 CC0Textures, grass from DeviantArt). A crop covers 128 x 128 pixels of the photograph,
 scaled to the size asked for, and is mirrored left to right with probability one half.
-Training crops come from the left 320 columns, test crops from the right 192 columns, so
-that the two share no pixel. Crops of the same part overlap.
+Test crops come from the 192 columns in the middle, training crops from the 160 columns
+on either side of them, so that the two share no pixel. Crops of the same part overlap.
 
 Half of the test crops get one defect each, blended in with an opacity between 0 and 1:
 
@@ -33,7 +33,7 @@ outside the mask an image is the photograph, unchanged to the last bit.
 
 _TEXTURES = ("brick", "grass", "gravel")
 _CROP = 128  # side of a crop in pixels of the photograph
-_TRAIN_COLUMNS = 320
+_TEST_COLUMNS = (160, 352)
 
 
 @validate_params(
@@ -103,9 +103,9 @@ def load_textures(*, texture="brick", n_train=200, n_test=80, size=64, random_st
     ['good', 'good', 'good', 'good', 'hole', 'patch', 'scratch', 'stain']
     """
     rng = check_random_state(random_state)
-    train_area, test_area = (
+    left, middle, right = (
         _scaled(part, size)
-        for part in np.split(_photograph(texture), [_TRAIN_COLUMNS], axis=1)
+        for part in np.split(_photograph(texture), _TEST_COLUMNS, axis=1)
     )
     others = [_scaled(_photograph(name), size) for name in _TEXTURES if name != texture]
     kinds = list(_DEFECTS)
@@ -113,8 +113,10 @@ def load_textures(*, texture="brick", n_train=200, n_test=80, size=64, random_st
         sorted(kinds[i // 2 % len(kinds)] if i % 2 else "good" for i in range(n_test))
     )
 
-    X_train = np.stack([_crop(rng, train_area, size) for _ in range(n_train)])
-    X_test = np.stack([_crop(rng, test_area, size) for _ in range(n_test)])
+    X_train = np.stack(
+        [_crop(rng, (left, right)[rng.randint(2)], size) for _ in range(n_train)]
+    )
+    X_test = np.stack([_crop(rng, middle, size) for _ in range(n_test)])
     masks = np.zeros((n_test, size, size), bool)
     for image, mask, kind in zip(X_test, masks, defects, strict=True):
         if kind != "good":

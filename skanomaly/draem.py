@@ -2,10 +2,11 @@
 
 Foreign textures are pasted into normal images under random masks. One network repairs
 the corrupted image; a second one sees the repaired and the corrupted image side by side
-and marks where they differ in a way that matters. Judging the pair, it learns a distance
-from normality rather than the look of the pasted defects.
+and marks where they differ in a way that matters. Judging the pair, it learns a
+distance from normality rather than the look of the pasted defects.
 """
 
+import itertools
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -35,9 +36,7 @@ PROCEDURAL_TEXTURES = 256
 
 
 def upsample(features):
-    return F.interpolate(
-        features, scale_factor=2, mode="bilinear", align_corners=True
-    )
+    return F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=True)
 
 
 class ReconstructiveNetwork(nn.Module):
@@ -51,7 +50,7 @@ class ReconstructiveNetwork(nn.Module):
         self.up = nn.ModuleList(ConvUnit(side, side) for side in sides[:-1])
         self.decoder = nn.ModuleList(
             nn.Sequential(ConvUnit(wide, wide), ConvUnit(wide, narrow))
-            for wide, narrow in zip(sides[:-1], sides[1:], strict=True)
+            for wide, narrow in itertools.pairwise(sides)
         )
         self.head = nn.Conv2d(width, channels, 3, padding=1)
         nn.init.normal_(self.head.weight, 0.0, 0.02)
@@ -286,8 +285,8 @@ class DRAEM(NetworkDetector):
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
 
     def _fit(self, images, labels):
-        low, high = self.opacity
-        if not 0 <= low <= high <= 1:
+        opacity = tuple(self.opacity)
+        if len(opacity) != 2 or not 0 <= opacity[0] <= opacity[1] <= 1:
             raise ValueError(
                 f"opacity={self.opacity!r} must be a range (low, high) within [0, 1]."
             )
@@ -298,7 +297,7 @@ class DRAEM(NetworkDetector):
             del self._textures
 
     def _load_textures(self):
-        """Return the texture sources (n, c, h, w) as uint8, in the size of the images."""
+        """Return the texture sources (n, c, h, w), uint8, in the images' size."""
         height, width, channels = self.image_shape_
         if self.textures is None:
             return procedural_textures(PROCEDURAL_TEXTURES, channels, height, width)
@@ -330,8 +329,8 @@ class DRAEM(NetworkDetector):
         textures = np.asarray(self.textures)
         if textures.ndim not in (3, 4) or len(textures) == 0:
             raise ValueError(
-                f"textures has shape {textures.shape}; it must hold images (n, h, w, c) "
-                "or (n, h, w)."
+                f"textures has shape {textures.shape}; it must hold images "
+                "(n, h, w, c) or (n, h, w)."
             )
         chosen = torch.randperm(len(textures))[:MAX_TEXTURES].numpy()
         resized = ResizeImages(size=self.image_shape_[:2]).fit_transform(

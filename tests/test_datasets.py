@@ -32,23 +32,25 @@ def clean_crop(image, mask, area):
 def test_textures_are_the_photograph_but_for_the_defect(texture):
     textures = load_textures(texture=texture, n_train=5, n_test=16, size=32)
     photograph = getattr(data, texture)()
-    left, right = (
-        np.asarray(Image.fromarray(part).resize((width, 128), Image.BILINEAR))
-        for part, width in [(photograph[:, :320], 80), (photograph[:, 320:], 48)]
+    left, middle, right = (
+        np.asarray(Image.fromarray(part).resize((len(part[0]) // 4, 128), 2))
+        for part in (photograph[:, :160], photograph[:, 160:352], photograph[:, 352:])
     )
     unmasked = np.zeros((32, 32), bool)
     for image in textures.X_train[..., 0]:
-        assert clean_crop(image, unmasked, left) is not None
-        assert clean_crop(image, unmasked, right) is None
+        crops = [clean_crop(image, unmasked, area) for area in (left, right)]
+        assert sum(crop is not None for crop in crops) == 1
+        assert clean_crop(image, unmasked, middle) is None
     for image, mask, kind in zip(
         textures.X_test[..., 0],
         textures.masks_test,
         textures.defect_test,
         strict=True,
     ):
-        clean = clean_crop(image, mask, right)
+        clean = clean_crop(image, mask, middle)
         assert clean is not None, kind
         assert clean_crop(image, mask, left) is None
+        assert clean_crop(image, mask, right) is None
         if kind != "good":
             change = np.abs(image[mask].astype(int) - clean[mask])
             assert change.mean() > 15, kind

@@ -1,0 +1,84 @@
+"""
+Search the settings of SPADE in a pipeline
+==========================================
+
+Paths go in, heat maps come out: image files are loaded, a pretrained network turns them
+into features, and SPADE compares these. A grid search chooses the number of neighbours
+and the layers by cross-validation. The features are computed once for the whole search.
+"""
+
+# %%
+# A few image files stand in for a folder of photographs.
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.model_selection import GridSearchCV
+
+from skanomaly import SPADE, BackboneFeatures, LoadImages, make_pipeline
+from skanomaly.datasets import load_textures
+from skanomaly.metrics import pixel_roc_auc_score
+from skanomaly.model_selection import OneClassKFold
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument(
+    "--weights",
+    default=None,
+    help="'imagenet' or the file of a ResNet-18 state dict; random weights without it",
+)
+weights = parser.parse_known_args()[0].weights
+
+folder = Path(tempfile.mkdtemp())
+data = load_textures(n_train=40, n_test=40)
+images = np.concatenate([data.X_train, data.X_test])
+labels = np.concatenate([np.ones(len(data.X_train), int), data.y_test])
+paths = [folder / f"{number:03}.png" for number in range(len(images))]
+for path, image in zip(paths, images, strict=True):
+    Image.fromarray(image[..., 0]).save(path)
+
+# %%
+# ``memory`` keeps the features of each image under a key of its content, so that folds
+# and candidates share them. Random weights, the default of this script, need no
+# download; ``--weights imagenet`` is what to use in earnest.
+
+pipeline = make_pipeline(
+    LoadImages(),
+    BackboneFeatures(
+        backbone="resnet18", weights=weights, memory=folder / "features", random_state=0
+    ),
+    SPADE(backbone="precomputed", layers=("layer1", "layer2")),
+)
+
+# %%
+# Images are compared by the last layer that ``BackboneFeatures`` gives, maps are made of
+# the two layers named above. ``OneClassKFold`` trains on normal images only and tests every defect exactly once.
+# ``scoring="roc_auc"`` ranks images by ``decision_function``; its larger label, +1, is
+# the normal one, as it must be.
+
+search = GridSearchCV(
+    pipeline,
+    {
+        "spade__n_neighbors": [1, 3, 5],
+        "backbonefeatures__layers": [
+            ("layer1", "layer2"),
+            ("layer1", "layer2", "layer3"),
+        ],
+    },
+    scoring="roc_auc",
+    cv=OneClassKFold(n_splits=4, shuffle=True, random_state=0),
+)
+search.fit(paths, labels)
+for parameters, score in zip(
+    search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True
+):
+    print(f"image AUROC {score:.3f}  {parameters}")
+
+# %%
+# The best pipeline was fitted again on all normal images. It maps defects from paths.
+
+test_paths = paths[len(data.X_train) :]
+maps = search.best_estimator_.localize(test_paths)
+print(f"pixel AUROC {pixel_roc_auc_score(data.masks_test, maps):.3f}")
