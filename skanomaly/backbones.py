@@ -417,6 +417,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = True
         tags.input_tags.three_d_array = True
+        tags.transformer_tags.preserves_dtype = ["float32"] if self.pool else []
         return tags
 
     @_fit_context(prefer_skip_nested_validation=True)

@@ -35,7 +35,7 @@ MAX_TEXTURES = 500
 PROCEDURAL_TEXTURES = 256
 
 
-def upsample(features):
+def _upsample(features):
     return F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=True)
 
 
@@ -61,7 +61,7 @@ class ReconstructiveNetwork(nn.Module):
             features = block(F.max_pool2d(features, 2))
         # (b, 8 * width, h / 16, w / 16)
         for up, block in zip(self.up, self.decoder, strict=True):
-            features = block(up(upsample(features)))
+            features = block(up(_upsample(features)))
         return self.head(features)  # (b, channels, h, w)
 
 
@@ -90,7 +90,7 @@ class DiscriminativeNetwork(nn.Module):
             features = block(F.max_pool2d(features, 2))
         # (b, 8 * width, h / 32, w / 32)
         for up, block in zip(self.up, self.decoder, strict=True):
-            features = block(torch.cat([up(upsample(features)), skips.pop()], dim=1))
+            features = block(torch.cat([up(_upsample(features)), skips.pop()], dim=1))
         return self.head(features)  # (b, 2, h, w)
 
 

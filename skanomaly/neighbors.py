@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .filters import full_precision
 
-QUERY_CHUNK = 1024
+QUERY_CHUNK = 2048
 GALLERY_CHUNK = 4096
 GROUP = 32
 GATHERED_VALUES = 2**20

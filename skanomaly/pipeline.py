@@ -55,14 +55,12 @@ class Pipeline(sklearn_pipeline.Pipeline):
     Examples
     --------
     >>> import numpy as np
-    >>> from skanomaly.autoencoder import Autoencoder
-    >>> from skanomaly.images import ResizeImages
-    >>> from skanomaly.pipeline import Pipeline
+    >>> from skanomaly import SPADE, Pipeline, ResizeImages
     >>> X = np.random.default_rng(0).random((8, 24, 20, 3), dtype=np.float32)
     >>> pipeline = Pipeline(
     ...     [
-    ...         ("resize", ResizeImages((16, 16))),
-    ...         ("detect", Autoencoder(max_epochs=1, random_state=0)),
+    ...         ("resize", ResizeImages(size=(16, 16))),
+    ...         ("detect", SPADE(backbone="resnet18", weights=None)),
     ...     ]
     ... )
     >>> pipeline.fit(X).localize(X).shape
@@ -151,10 +149,8 @@ def make_pipeline(*steps, memory=None, verbose=False):
 
     Examples
     --------
-    >>> from skanomaly.autoencoder import Autoencoder
-    >>> from skanomaly.images import ResizeImages
-    >>> from skanomaly.pipeline import make_pipeline
-    >>> list(make_pipeline(ResizeImages((16, 16)), Autoencoder()).named_steps)
-    ['resizeimages', 'autoencoder']
+    >>> from skanomaly import SPADE, ResizeImages, make_pipeline
+    >>> list(make_pipeline(ResizeImages(size=(16, 16)), SPADE()).named_steps)
+    ['resizeimages', 'spade']
     """
     return Pipeline(_name_estimators(steps), memory=memory, verbose=verbose)

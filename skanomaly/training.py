@@ -21,7 +21,7 @@ LONG_FIT_SECONDS = 3600
 class Batch(NamedTuple):
     """One batch of training images.
 
-    Attributes
+    Parameters
     ----------
     images : torch.Tensor of shape (b, c, h, w)
         Images on the training device, in [0, 1].

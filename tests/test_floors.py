@@ -9,25 +9,15 @@ PACKAGE = Path(__file__).parents[1] / "skanomaly"
 
 FLOORS = [  # from the ground up; modules of one floor do not import each other
     {"filters"},
-    {"losses", "masking", "metrics", "neighbors", "networks", "synthesis"},
+    {"losses", "metrics", "neighbors", "networks", "synthesis"},
     {"training"},
     {"base"},
     {"backbones", "images"},
     {
-        "autoencoder",
-        "descargan",
-        "differnet",
         "draem",
-        "intra",
-        "memae",
-        "mnad",
-        "pnet",
-        "riad",
-        "scadn",
-        "smai",
         "spade",
     },
-    {"calibration", "datasets", "display", "model_selection", "pipeline"},
+    {"datasets", "display", "model_selection", "pipeline"},
     {"__init__"},
 ]
 FLOOR_OF = {module: i for i, floor in enumerate(FLOORS) for module in floor}

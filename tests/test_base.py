@@ -1,0 +1,336 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from skanomaly import DRAEM
+from skanomaly.base import check_images, resolve_device, seeded
+
+TEXTURES = np.random.default_rng(1).random((4, 16, 16, 1))
+
+
+def detector(**settings):
+    return DRAEM(
+        **{
+            "textures": TEXTURES,
+            "reconstructive_width": 4,
+            "discriminative_width": 4,
+            "max_epochs": 1,
+            "random_state": 0,
+            **settings,
+        }
+    )
+
+
+def random_images(n, *shape):
+    return np.random.default_rng(n).random((n, *shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def X():
+    return random_images(16, 16, 20, 1)
+
+
+@pytest.fixture(scope="module")
+def fitted(X):
+    return detector(contamination=0.25).fit(X)
+
+
+@pytest.fixture(scope="module")
+def fitted_on_half(X):
+    """Fitted on the first eight images alone."""
+    return detector().fit(X[:8])
+
+
+# What is no image
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["a.png", "b.png"],
+        [Path("a.png"), Path("b.png")],
+        np.array(["a.png", "b.png"]),
+        np.array([Path("a.png"), Path("b.png")]),
+        "folder",
+        Path("folder"),
+    ],
+    ids=["list", "list of Path", "array", "array of Path", "string", "Path"],
+)
+def test_paths_ask_for_load_images(paths, fitted):
+    for method in (detector().fit, fitted.predict):
+        with pytest.raises(ValueError, match=r"paths.*DRAEM.*LoadImages\(\)"):
+            method(paths)
+
+
+def test_a_series_of_paths_asks_for_load_images():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(ValueError, match=r"LoadImages\(\)"):
+        detector().fit(pandas.Series(["a.png", "b.png"]))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_another_shape_names_both(kind, fitted):
+    for method in (fitted.predict, fitted.localize, fitted.segment):
+        with pytest.raises(ValueError, match=r"\(20, 16, 1\).*DRAEM.*\(16, 20, 1\)"):
+            method(kind(random_images(2, 20, 16)))
+    with pytest.raises(ValueError, match=r"\(16, 20, 3\).*\(16, 20, 1\)"):
+        fitted.score_samples(kind(random_images(2, 16, 20, 3)))
+    with pytest.raises(ValueError, match=r"300 features.*expecting 320 features"):
+        fitted.score_samples(kind(random_images(2, 300)))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(kind, value, X, fitted):
+    broken = X.copy()
+    broken[3, 5, 7] = value
+    for method in (detector().fit, fitted.localize):
+        with pytest.raises(ValueError, match=r"Input X contains (NaN|infinity)"):
+            method(kind(broken))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_too_few_images(kind, X, fitted):
+    with pytest.raises(ValueError, match=r"1 sample.*minimum of 2 is required by DRAE"):
+        detector().fit(kind(X[:1]))
+    for method in (detector().fit, fitted.predict):
+        with pytest.raises(ValueError, match=r"0 sample.*minimum of \d is required"):
+            method(kind(X[:0]))
+    assert fitted.predict(kind(X[:1])).shape == (1,)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_images_without_pixels(kind):
+    with pytest.raises(ValueError, match=r"\(4, 0, 5, 1\).*empty"):
+        detector().fit(kind(np.empty((4, 0, 5, 1))))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("shape", [(8,), (8, 2, 4, 4, 3)])
+def test_arrays_of_other_dimensions(kind, shape):
+    with pytest.raises(ValueError, match=r"(?s)(wants images|Expected 2D array)"):
+        detector().fit(kind(random_images(*shape)))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_complex_numbers(kind, X):
+    with pytest.raises(ValueError, match=r"[Cc]omplex"):
+        detector().fit(kind(X + 1j))
+
+
+def test_image_shape_must_agree_with_the_rows_and_the_images(X):
+    with pytest.raises(ValueError, match=r"320 features.*\(16, 16\).*DRAEM.*256"):
+        detector(image_shape=(16, 16)).fit(X.reshape(16, -1))
+    with pytest.raises(ValueError, match=r"\(16, 20, 1\).*image_shape=\(20, 16\)"):
+        detector(image_shape=(20, 16)).fit(X)
+    model = detector(image_shape=(16, 20)).fit(X)
+    assert model.image_shape_ == (16, 20, 1)
+
+
+@pytest.mark.parametrize(
+    ("n_features", "image_shape", "expected"),
+    [
+        (48, (4, 4, 3), (4, 4, 3)),
+        (48, [6, 8], (6, 8, 1)),
+        (49, None, (7, 7, 1)),
+        (48, None, (1, 48, 1)),
+    ],
+)
+def test_rows_are_read_as_images(n_features, image_shape, expected):
+    model, rows = detector(), np.arange(2.0 * n_features).reshape(2, -1)
+    images = check_images(model, rows, reset=True, image_shape=image_shape)
+    assert model.image_shape_ == expected
+    assert model.n_features_in_ == n_features
+    np.testing.assert_array_equal(images, rows.reshape(2, *expected))
+
+
+def test_bad_input_costs_no_training(X):
+    model = detector()
+    with pytest.raises(ValueError, match="y has length"):
+        model.fit(X, np.ones(3))
+    assert not hasattr(model, "network_")
+
+
+# What is taken without a word
+
+
+def test_tensors_give_the_scores_of_arrays(X, fitted):
+    tensors = torch.from_numpy(X)
+    model = detector(contamination=0.25).fit(tensors)
+    np.testing.assert_array_equal(model.score_samples(X), fitted.score_samples(X))
+    for method in ("score_samples", "predict", "localize", "segment"):
+        np.testing.assert_array_equal(
+            getattr(fitted, method)(tensors), getattr(fitted, method)(X)
+        )
+
+
+def test_tensors_of_bytes_are_divided_by_255():
+    images = (255 * random_images(4, 8, 8, 3)).astype(np.uint8)
+    model = detector().fit(images)
+    maps = model.localize(images)
+    np.testing.assert_array_equal(model.localize(torch.from_numpy(images)), maps)
+    np.testing.assert_allclose(model.localize(images / 255), maps, atol=1e-6)
+
+
+def test_lists_give_the_scores_of_arrays(X, fitted):
+    scores = fitted.score_samples(X)
+    np.testing.assert_array_equal(fitted.score_samples(list(X)), scores)
+    np.testing.assert_array_equal(fitted.score_samples(X.tolist()), scores)
+
+
+def test_data_frames_of_rows_leave_their_names(X, fitted):
+    pandas = pytest.importorskip("pandas")
+    names = [f"pixel{i}" for i in range(320)]
+    frame = pandas.DataFrame(X.reshape(16, -1), columns=names)
+    model = detector(contamination=0.25, image_shape=(16, 20)).fit(frame)
+    assert model.feature_names_in_.tolist() == names
+    np.testing.assert_array_equal(
+        model.score_samples(frame), fitted.score_samples(X.reshape(16, -1))
+    )
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(frame.iloc[:, ::-1])
+
+
+def test_memory_maps_are_read_in_batches(tmp_path, X, fitted):
+    np.save(tmp_path / "X.npy", X)
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    model = detector(contamination=0.25).fit(mapped)
+    np.testing.assert_array_equal(model.localize(mapped), fitted.localize(X))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("shape", [(4, 6, 6, 3), (4, 6, 6), (4, 36)])
+def test_checking_copies_nothing(tmp_path, dtype, shape):
+    np.save(tmp_path / "X.npy", np.zeros(shape, dtype))
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    assert np.shares_memory(check_images(detector(), mapped, reset=True), mapped)
+    tensor = torch.zeros(shape)
+    images = check_images(detector(), tensor, reset=True)
+    assert images.data_ptr() == tensor.data_ptr()
+
+
+# Labels
+
+
+def test_anomalous_images_are_left_out(X, fitted_on_half):
+    rows = np.sort(np.random.default_rng(0).permutation(16)[:8])
+    mixed, y = np.empty_like(X), np.full(16, -1)
+    mixed[rows], y[rows] = X[:8], 1
+    mixed[y == -1] = X[8:]
+    for images in (mixed, torch.from_numpy(mixed)):
+        model = detector().fit(images, y.tolist())
+        np.testing.assert_array_equal(
+            model.score_samples(X), fitted_on_half.score_samples(X)
+        )
+        assert model.offset_ == fitted_on_half.offset_
+        assert model.map_threshold_ == fitted_on_half.map_threshold_
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, float])
+def test_masks_tell_the_anomalous_images(dtype, X, fitted_on_half):
+    masks = np.zeros((16, 16, 20), dtype)
+    masks[np.arange(8, 16), np.arange(8), np.arange(8)] = 1
+    model = detector().fit(X, masks)
+    np.testing.assert_array_equal(
+        model.score_samples(X), fitted_on_half.score_samples(X)
+    )
+
+
+def test_other_labels_are_ignored_with_a_warning_that_states_the_rule(X, fitted):
+    rule = r"\+1 for normal and -1 for anomalous.*holds \[0, 1\].*where\(y == 1, -1, 1"
+    with pytest.warns(UserWarning, match=rule):
+        model = detector(contamination=0.25).fit(X, np.repeat([0, 1], 8))
+    np.testing.assert_array_equal(model.score_samples(X), fitted.score_samples(X))
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (np.ones(15), "y has length 15, but X 16"),
+        (np.zeros((15, 16, 20)), "y has length 15, but X 16"),
+        (1, "y has length 1, but X 16"),
+        (np.ones((16, 2)), r"y has shape \(16, 2\).*labels .* masks"),
+        (-np.ones(16), r"label \+1.*2 or more, but y marks n_samples = 0"),
+        (np.repeat([1, -1], [1, 15]), "2 or more, but y marks n_samples = 1"),
+        (np.ones((16, 16, 20)), "2 or more, but y marks n_samples = 0"),
+    ],
+)
+def test_labels_that_cannot_be_used(y, message, X):
+    with pytest.raises(ValueError, match=message):
+        detector().fit(X, y)
+
+
+# Scores, maps and decisions
+
+
+def test_the_contract_between_scores_and_decisions(X, fitted):
+    scores = fitted.score_samples(X)
+    assert scores.shape == (16,)
+    assert scores.dtype == np.float64
+    decisions = fitted.decision_function(X)
+    np.testing.assert_array_equal(decisions, scores - fitted.offset_)
+    np.testing.assert_array_equal(fitted.predict(X), np.where(decisions < 0, -1, 1))
+    assert fitted.offset_ == np.percentile(scores, 25)
+    assert (fitted.predict(X) == -1).sum() == 4
+
+    peaks = fitted.localize(X).max(axis=(1, 2))
+    assert fitted.map_threshold_ == pytest.approx(np.quantile(peaks, 0.75), rel=1e-6)
+
+
+def test_segments_lie_above_the_threshold_in_anomalous_images(X, fitted):
+    maps, labels = fitted.localize(X), fitted.predict(X)
+    segments = fitted.segment(X)
+    assert segments.dtype == bool
+    expected = (maps > fitted.map_threshold_) & (labels == -1)[:, None, None]
+    np.testing.assert_array_equal(segments, expected)
+    assert segments.any()
+
+    high = maps > fitted.map_threshold_
+    assert high[labels == -1].any()
+    assert not segments[labels == 1].any()
+
+
+def test_fit_predict_equals_fit_and_predict(X, fitted):
+    np.testing.assert_array_equal(
+        detector(contamination=0.25).fit_predict(X), fitted.predict(X)
+    )
+
+
+def test_bfloat16_scores_are_close(X, fitted):
+    model = detector(contamination=0.25, precision="bfloat16").fit(X)
+    maps = model.localize(X)
+    assert maps.dtype == np.float32
+    np.testing.assert_allclose(maps, fitted.localize(X), atol=0.1)
+
+
+def test_every_draw_of_random_state_gives_another_model(X):
+    generator = np.random.RandomState(0)
+    first, second = (detector(random_state=generator).fit(X) for _ in range(2))
+    assert not np.array_equal(first.score_samples(X), second.score_samples(X))
+
+
+# Generators and devices
+
+
+def test_seeded_restores_the_generator_even_after_an_error():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with seeded(7):
+        inside = torch.rand(4)
+    with pytest.raises(RuntimeError, match="inside"), seeded(7):
+        assert torch.equal(torch.rand(4), inside)
+        raise RuntimeError("inside")
+    assert torch.equal(torch.rand(4), expected)
+    assert not torch.equal(inside, expected)
+
+
+def test_the_device_of_a_tensor_is_taken_unless_one_is_named():
+    tensor = torch.zeros(2, device="meta")
+    assert resolve_device("auto", tensor) == torch.device("meta")
+    assert resolve_device("cpu", tensor) == torch.device("cpu")
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        assert resolve_device("auto", np.zeros(2)) == torch.device("cpu")
