@@ -18,7 +18,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from tqdm.auto import tqdm
 
 from .backbones import Backbone, check_channels, make_backbone
-from .base import BaseDetector
+from .base import BaseDetector, resolve_device
 from .filters import gaussian_blur
 from .neighbors import ApproximateIndex, nearest_distances
 from .training import autocast
@@ -251,6 +251,11 @@ class SPADE(BaseDetector):
     def _fit(self, images, labels):
         if not self.layers:
             raise ValueError("layers is empty; SPADE needs at least one layer.")
+        if self.image_score == "max" and not self.gallery_size:
+            raise ValueError(
+                "image_score='max' needs maps, but gallery_size=0 keeps no features "
+                "for them; take image_score='knn'."
+            )
         if self.backbone != "precomputed":
             check_channels(self)
             self.network_ = make_backbone(
@@ -395,10 +400,11 @@ class SPADE(BaseDetector):
         rng = np.random.default_rng(self._seed)
         rows = rng.permutation(len(self.embeddings_))[:MAP_THRESHOLD_IMAGES]
         _, neighbors = self._other_images(rows, max(self.gallery_size, 1))
+        device = resolve_device(self.device)
         peaks = []
         for row, others in zip(rows, neighbors, strict=True):
             features = {
-                layer: torch.from_numpy(gallery[[row]]).permute(0, 3, 1, 2)
+                layer: torch.from_numpy(gallery[[row]]).to(device).permute(0, 3, 1, 2)
                 for layer, gallery in self.gallery_.items()
             }
 

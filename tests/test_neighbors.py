@@ -1,18 +1,20 @@
 """Tests of the nearest-neighbour search, and of SPADE on its approximate index."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
 
-from skanomaly import neighbors
+from skanomaly import SPADE, neighbors
 from skanomaly.neighbors import ApproximateIndex, nearest_distances, rank_candidates
 
 
 def brute_force(queries, gallery, n_neighbors):
-    distances = torch.cdist(queries.double(), gallery.double()).sort(dim=1)
-    return distances.values[:, :n_neighbors]
+    distances = torch.cdist(
+        queries.double(),
+        gallery.double(),
+        compute_mode="donot_use_mm_for_euclid_dist",  # which is not exact
+    )
+    return distances.sort(dim=1).values[:, :n_neighbors]
 
 
 @pytest.mark.parametrize("n_neighbors", [1, 3])
@@ -102,3 +104,77 @@ def test_rank_candidates_orders_them_and_passes_over_rows_past_the_end():
     distances, indices = rank_candidates(queries, gallery, candidates, 2)
     assert distances.tolist() == [[1.0, 7.0], [1.0, 2.0]]
     assert indices.tolist() == [[3, 2], [1, 2]]
+
+
+# The approximate index: numba compiles it for a minute or more, once a process.
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(2000, 16)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def index(vectors):
+    return ApproximateIndex(vectors, 0)
+
+
+@pytest.fixture(scope="module")
+def queries():
+    rng = np.random.default_rng(1)
+    return torch.from_numpy(rng.normal(size=(300, 16)).astype(np.float32))
+
+
+def test_index_finds_most_neighbors_at_exact_distances(index, vectors, queries):
+    assert 0.95 < index.recall_ <= 1
+    distances, indices = index.search(queries, 3)
+    found = torch.linalg.vector_norm(
+        torch.from_numpy(vectors)[indices].double() - queries[:, None].double(), dim=2
+    )
+    torch.testing.assert_close(distances.double(), found, rtol=1e-6, atol=0)
+    assert (distances.diff(dim=1) >= 0).all()
+    expected = brute_force(queries, torch.from_numpy(vectors), 3)
+    right = torch.isclose(distances.double(), expected, rtol=1e-5)
+    assert right.double().mean() > 0.9
+
+
+def test_index_finds_the_rows_it_holds(index, vectors):
+    distances, indices = index.search(torch.from_numpy(vectors[:100]), 1)
+    assert (distances == 0).all()
+    assert (indices[:, 0] == torch.arange(100)).all()
+
+
+def test_index_is_reproducible(index, vectors, queries):
+    again = ApproximateIndex(vectors, 0)
+    assert again.recall_ == index.recall_
+    assert torch.equal(again.search(queries, 3)[1], index.search(queries, 3)[1])
+
+
+def test_index_warns_of_low_recall(index, vectors, monkeypatch):
+    monkeypatch.setattr(neighbors, "MIN_RECALL", 1.01)
+    with pytest.warns(UserWarning, match="less than 101%.*algorithm='brute'"):
+        ApproximateIndex(vectors, 0)
+
+
+def test_spade_on_the_index_is_close_to_spade_on_all_images(index):
+    rng = np.random.default_rng(0)
+    dtype = [("fine", "f4", (12, 12, 8)), ("coarse", "f4", (6, 6, 12))]
+    X = np.empty(16, dtype)
+    for name in X.dtype.names:
+        X[name] = rng.normal(size=X[name].shape)
+    parameters = {
+        "backbone": "precomputed",
+        "layers": ("fine", "coarse"),
+        "random_state": 0,
+    }
+    exact = SPADE(gallery_size=12, **parameters).fit(X[:12])
+    # gallery_size is not heeded: the index holds all images
+    approximate = SPADE(gallery_size=2, algorithm="nndescent", **parameters).fit(X[:12])
+
+    assert set(approximate.indices_) == {"fine", "coarse"}
+    assert all(index.recall_ > 0.95 for index in approximate.indices_.values())
+    expected, maps = exact.localize(X), approximate.localize(X)
+    assert np.corrcoef(maps[12:].ravel(), expected[12:].ravel())[0, 1] > 0.98
+    assert (maps >= expected - 1e-6).all()
+    assert (maps[:12] == 0).all()

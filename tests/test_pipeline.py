@@ -1,10 +1,22 @@
+import subprocess
+import sys
+
+import joblib
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin, clone
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import Pipeline as SklearnPipeline
 from sklearn.preprocessing import FunctionTransformer
 
+from skanomaly import (
+    SPADE,
+    BackboneFeatures,
+    CenterCropImages,
+    LoadImages,
+    ResizeImages,
+)
 from skanomaly.pipeline import Pipeline, make_pipeline
 
 
@@ -204,3 +216,67 @@ def test_parameters_clone_and_memory(tmp_path):
     maps = copy.fit(NORMAL).localize(spot(9, 13))
     np.testing.assert_array_equal(maps, spot(9, 13))
     assert any(tmp_path.iterdir())
+
+
+def save_images(folder, n=8, size=40):
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{number}.png" for number in range(n)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(path)
+    return paths
+
+
+def test_maps_of_a_real_pipeline_have_the_size_of_the_files(tmp_path):
+    paths = save_images(tmp_path)
+    pipeline = make_pipeline(
+        LoadImages(),
+        ResizeImages(size=64),
+        CenterCropImages(size=48),
+        BackboneFeatures(
+            backbone="shufflenet_v2_x0_5", layers=("stage2",), weights=None
+        ),
+        SPADE(backbone="precomputed", layers=("stage2",), image_score="max"),
+    ).fit(paths)
+    odd = np.asarray(Image.open(paths[0])).copy()
+    odd[10:20, 22:32] = 255
+    Image.fromarray(odd).save(tmp_path / "odd.png")
+    (found,) = pipeline.localize([tmp_path / "odd.png"])
+    assert found.shape == (40, 40)
+    row, column = np.unravel_index(found.argmax(), found.shape)
+    assert 8 <= row < 22
+    assert 20 <= column < 34
+
+
+@pytest.mark.parametrize("pretrained", [False, pytest.param(True, id="pretrained")])
+def test_a_file_scores_the_same_in_another_process(pretrained, tmp_path, request):
+    weights = None
+    if pretrained:
+        folder = request.getfixturevalue("shared_data").parent / "weights"
+        weights = tmp_path / "resnet18.pth"
+        weights.write_bytes((folder / "resnet18-imagenet-to-layer3.pth").read_bytes())
+    paths = save_images(tmp_path)
+    spade = SPADE(backbone="resnet18", weights=weights, random_state=0)
+    pipeline = make_pipeline(LoadImages(), spade).fit(paths)
+    expected = pipeline.score_samples(paths), pipeline.localize(paths)
+    joblib.dump(pipeline, tmp_path / "pipeline.joblib")
+    if pretrained:
+        weights.unlink()
+        fitted = pipeline[-1]
+        gallery = sum(a.nbytes for a in fitted.gallery_.values())
+        size = (tmp_path / "pipeline.joblib").stat().st_size
+        assert size - gallery - fitted.embeddings_.nbytes < 25e6
+    code = (
+        "import joblib, numpy, pathlib, socket, sys, torch\n"
+        "def refuse(*args, **kwargs): raise OSError('no network')\n"
+        "socket.socket.connect = refuse\n"
+        "torch.set_num_threads(1)\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "pipeline = joblib.load(folder / 'pipeline.joblib')\n"
+        "paths = [folder / f'{number}.png' for number in range(8)]\n"
+        "numpy.savez(folder / 'out.npz', scores=pipeline.score_samples(paths),"
+        " maps=pipeline.localize(paths))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    out = np.load(tmp_path / "out.npz")
+    np.testing.assert_array_equal(out["scores"], expected[0])
+    np.testing.assert_array_equal(out["maps"], expected[1])

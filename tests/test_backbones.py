@@ -1,0 +1,494 @@
+"""Tests of the pretrained networks and of the features they give."""
+
+import pickle
+import shutil
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.torch import save_file
+from sklearn.model_selection import GridSearchCV
+
+from skanomaly import SPADE, BackboneFeatures, Pipeline
+from skanomaly.backbones import Backbone, make_backbone
+from skanomaly.model_selection import OneClassKFold
+
+CPU = torch.device("cpu")
+LAYERS = ("layer1", "layer2", "layer3")
+
+
+def random_images(n, height=40, width=48, channels=3, seed=0):
+    shape = (n, height, width, channels)
+    return np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
+
+
+def as_tensor(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+
+
+def whole_network(name, seed=0):
+    """Return torchvision's network, its normalisation layers far from the identity."""
+    torch.manual_seed(seed)
+    network = torchvision.models.get_model(name, weights=None)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2)
+    return network.eval()
+
+
+def by_hand(children, images):
+    """Run images (b, 3, h, w) through some modules; return all outputs."""
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    x, outputs = (images - mean) / std, []
+    with torch.no_grad():
+        for child in children:
+            x = child(x)
+            outputs.append(x)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return whole_network("resnet18")
+
+
+@pytest.fixture
+def weights_file(resnet, tmp_path):
+    path = tmp_path / "resnet18.pth"
+    torch.save(resnet.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def count_images(monkeypatch):
+    """Count the images that pass a backbone."""
+    counts, forward = [], Backbone.forward
+
+    def counting(self, images):
+        counts.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Backbone, "forward", counting)
+    return counts
+
+
+# Backbone
+
+
+@pytest.mark.parametrize(
+    "name, layers, children",
+    [
+        (
+            "resnet18",
+            {"layer1": 4, "layer3": 6},
+            ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"],
+        ),
+        (
+            "shufflenet_v2_x0_5",
+            {"stage4": 4, "stage2": 2},  # in the order asked for
+            ["conv1", "maxpool", "stage2", "stage3", "stage4"],
+        ),
+        (
+            "squeezenet1_1",
+            {"features.4": 4, "features.6": 6},
+            [f"features.{i}" for i in range(7)],
+        ),
+    ],
+)
+def test_features_equal_those_of_torchvision(tmp_path, name, layers, children):
+    network = whole_network(name)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    backbone = make_backbone(name, tuple(layers), str(tmp_path / "weights.pth"), CPU)
+    images = as_tensor(random_images(3, 64, 80))
+
+    features = backbone(images)
+
+    outputs = by_hand(map(network.get_submodule, children), images)
+    assert list(features) == list(layers)
+    for layer, position in layers.items():
+        torch.testing.assert_close(
+            features[layer], outputs[position], rtol=1e-4, atol=1e-4
+        )
+    assert not any(module.training for module in backbone.modules())
+    assert not any(p.requires_grad for p in backbone.parameters())
+
+
+def test_backbone_holds_no_layer_behind_the_last():
+    names = [
+        name for name, _ in Backbone("resnet18", ("layer2",)).trunk.named_children()
+    ]
+    assert names == ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2"]
+
+
+def test_grey_equals_three_equal_channels():
+    backbone = make_backbone("resnet18", ("layer2",), None, CPU)
+    grey = as_tensor(random_images(2, channels=1))
+    expected = backbone(grey.repeat(1, 3, 1, 1))["layer2"]
+    assert torch.equal(backbone(grey)["layer2"], expected)
+
+
+def test_small_images_are_padded_and_the_features_cropped(resnet):
+    backbone = make_backbone("resnet18", ("layer1", "layer2"), None, CPU)
+    backbone.trunk.load_state_dict(resnet.state_dict(), strict=False)
+    images = as_tensor(random_images(2, 9, 40))
+    features = backbone(images)
+    padded = F.pad(images, (0, 0, 0, 23), mode="replicate")
+    children = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2"]
+    outputs = by_hand(map(resnet.get_submodule, children), padded)
+    for layer, output, rows in (("layer1", outputs[4], 3), ("layer2", outputs[5], 2)):
+        assert output.shape[2] > rows
+        torch.testing.assert_close(
+            features[layer], output[:, :, :rows], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_one_pixel_has_features():
+    backbone = make_backbone("resnet18", ("layer1", "layer4"), None, CPU)
+    features = backbone(torch.rand(1, 3, 1, 1))
+    assert features["layer1"].shape == (1, 64, 1, 1)
+    assert features["layer4"].shape == (1, 512, 1, 1)
+
+
+def test_unknown_backbone_lists_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"backbone='resnet19'.*resnet18.*wide_resnet50"
+    ):
+        Backbone("resnet19", ("layer1",))
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [(("layer1", "layer9"), "'layer9' is unknown"), ((), "none is named")],
+)
+def test_unknown_layer_lists_the_known_ones(layers, message):
+    with pytest.raises(ValueError, match=f"{message}; there are conv1.*layer4"):
+        Backbone("resnet18", layers)
+
+
+def test_parameter_counts():
+    def count(network):
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    with torch.device("meta"):
+        whole = torchvision.models.get_model("wide_resnet50_2", weights=None)
+        assert count(whole) == 68_883_240
+        assert count(Backbone("wide_resnet50_2", ("layer4",))) == 66_834_240
+        assert count(Backbone("wide_resnet50_2", LAYERS)) == 24_862_528
+        assert count(Backbone("resnet18", ("layer4",))) == 11_176_512
+
+
+# weights
+
+
+def up_to_layer3(state):
+    return {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(("layer4", "fc")) and "num_batches" not in key
+    }
+
+
+def assert_loaded(backbone, resnet):
+    state = resnet.state_dict()
+    assert len(backbone.trunk.state_dict()) > 0
+    for key, value in backbone.trunk.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_truncated_state_dict_loads_up_to_its_end(resnet, tmp_path):
+    path = tmp_path / "to-layer3.pth"
+    torch.save(up_to_layer3(resnet.state_dict()), path)
+    assert_loaded(make_backbone("resnet18", LAYERS, path, CPU), resnet)
+    with pytest.raises(ValueError, match=r"to-layer3.pth.*lacks 'layer4\.0\..* more"):
+        make_backbone("resnet18", (*LAYERS, "layer4"), path, CPU)
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_last_stage_comes_along_if_the_weights_reach_it(resnet, tmp_path, truncated):
+    state = resnet.state_dict()
+    torch.save(up_to_layer3(state) if truncated else state, tmp_path / "weights.pth")
+    backbone = make_backbone(
+        "resnet18", LAYERS, tmp_path / "weights.pth", CPU, with_last_stage=True
+    )
+    assert backbone.layers == (LAYERS if truncated else (*LAYERS, "layer4"))
+    assert_loaded(backbone, resnet)
+
+
+def test_safetensors(resnet, tmp_path):
+    path = tmp_path / "resnet18.safetensors"
+    save_file(resnet.state_dict(), path)
+    assert_loaded(make_backbone("resnet18", ("layer2",), path, CPU), resnet)
+
+
+def test_unexpected_key(resnet, tmp_path):
+    torch.save({**resnet.state_dict(), "head.bias": torch.ones(1)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"unknown 'head.bias'"):
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth", CPU)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("resnet34", "lacks"), ("vgg11", "lacks"), ("wide_resnet50_2", "lacks")],
+)
+def test_state_dict_of_another_network(weights_file, name, message):
+    layers = ("features.4",) if name == "vgg11" else LAYERS
+    with pytest.raises(ValueError, match=f"do not fit {name} up to .*{message} "):
+        make_backbone(name, layers, weights_file, CPU)
+
+
+def test_state_dict_of_a_deeper_network(tmp_path):
+    state = torchvision.models.get_model("resnet34", weights=None).state_dict()
+    torch.save(state, tmp_path / "resnet34.pth")
+    with pytest.raises(ValueError, match=r"resnet34.pth.*unknown 'layer1\.2\."):
+        make_backbone("resnet18", LAYERS, tmp_path / "resnet34.pth", CPU)
+
+
+def test_parameter_of_another_shape(resnet, tmp_path):
+    state = {**resnet.state_dict(), "conv1.weight": torch.ones(64, 3, 3, 3)}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"another shape of 'conv1.weight'"):
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth", CPU)
+
+
+@pytest.mark.parametrize(
+    "value", [[torch.ones(1)], {"epoch": 3}, {"state_dict": {"w": torch.ones(1)}}]
+)
+def test_file_that_holds_no_state_dict(tmp_path, value):
+    torch.save(value, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth.*holds no state dict"):
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth", CPU)
+
+
+def test_pickled_network_is_refused(resnet, tmp_path):
+    torch.save(resnet, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth.*cannot be read"):
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth", CPU)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, 10_000, 1_000_000])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_damaged_file(resnet, tmp_path, name, n_bytes):
+    path = tmp_path / name
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(resnet.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    with pytest.raises(ValueError, match=f"{name}.*cannot be read"):
+        make_backbone("resnet18", LAYERS, path, CPU)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing.pth.*is not a file.*imagenet"
+    ):
+        make_backbone("resnet18", LAYERS, tmp_path / "nothing.pth", CPU)
+
+
+def test_imagenet_weights_without_network(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(
+        OSError, match=r"no route.*weights=PATH.*resnet18-f37072fd.pth"
+    ) as e:
+        BackboneFeatures(backbone="resnet18").fit(random_images(1))
+    assert str(tmp_path / "hub" / "checkpoints") in str(e.value)
+
+
+def test_imagenet_weights_from_the_cache(resnet, weights_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    shutil.move(weights_file, folder / "resnet18-f37072fd.pth")
+    assert_loaded(make_backbone("resnet18", LAYERS, "imagenet", CPU), resnet)
+
+
+# BackboneFeatures
+
+
+def make_features(**parameters):
+    defaults = {"backbone": "resnet18", "weights": None, "random_state": 0}
+    return BackboneFeatures(**{**defaults, **parameters})
+
+
+def test_records_hold_the_features_of_the_images(resnet, weights_file):
+    X = random_images(5)
+    transformer = make_features(weights=weights_file, batch_size=2)
+    features = transformer.fit_transform(X)
+
+    assert features.dtype == np.dtype(
+        [
+            ("layer1", np.float32, (10, 12, 64)),
+            ("layer2", np.float32, (5, 6, 128)),
+            ("layer3", np.float32, (3, 3, 256)),
+        ]
+    )
+    children = ["conv1", "bn1", "relu", "maxpool", *LAYERS]
+    outputs = by_hand(map(resnet.get_submodule, children), as_tensor(X))
+    for layer, output in zip(LAYERS, outputs[4:], strict=True):
+        expected = output.permute(0, 2, 3, 1).numpy()
+        assert_allclose(features[layer], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pooled_features_are_the_means_over_all_positions():
+    X = random_images(3)
+    features = make_features().fit_transform(X)
+    pooled = make_features(pool=True).fit_transform(X)
+    expected = [features[layer].mean(axis=(1, 2)) for layer in LAYERS]
+    assert pooled.dtype == np.float32
+    assert_allclose(pooled, np.concatenate(expected, axis=1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+@pytest.mark.parametrize(
+    "estimator", [make_features(), SPADE(backbone="resnet18", weights=None)]
+)
+def test_images_that_are_neither_grey_nor_rgb(estimator, channels):
+    with pytest.raises(ValueError, match=f"{channels} channels"):
+        estimator.fit(random_images(2, channels=channels))
+
+
+def test_unknown_names_are_refused_before_weights_are_read():
+    transformer = make_features(layers=("layer7",), weights="nothing.pth")
+    with pytest.raises(ValueError, match="'layer7' is unknown"):
+        transformer.fit(random_images(1))
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_memory_spares_the_backbone(tmp_path, count_images, pool):
+    X = random_images(6)
+    X[4] = X[1]
+    expected = make_features(pool=pool).fit_transform(X)
+    count_images.clear()
+    transformer = make_features(pool=pool, memory=tmp_path, batch_size=2).fit(X)
+
+    first = transformer.transform(X[:4])
+    assert sum(count_images) == 4
+    second = transformer.transform(X[::-1])  # 1 new image, and 1 known one twice
+    assert sum(count_images) == 5
+    third = make_features(pool=pool, memory=str(tmp_path)).fit_transform(X)
+    assert sum(count_images) == 5
+
+    for features, rows in ((first, slice(4)), (second, slice(None, None, -1))):
+        assert features.dtype == expected.dtype
+        for layer in features.dtype.names or [...]:
+            assert_allclose(
+                features[layer], expected[rows][layer], rtol=1e-4, atol=1e-5
+            )
+    assert_array_equal(third, second[::-1])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"random_state": 1},
+        {"layers": ("layer1", "layer2")},
+        {"layers": ("layer3", "layer2", "layer1")},
+        {"pool": True},
+        {"precision": "bfloat16"},
+        {"backbone": "resnet34"},
+    ],
+)
+def test_memory_knows_other_features_apart(tmp_path, count_images, changed):
+    X = random_images(2)
+    make_features(memory=tmp_path).fit_transform(X)
+    features = make_features(memory=tmp_path, **changed).fit_transform(X)
+    assert sum(count_images) == 4
+    assert_array_equal(features, make_features(**changed).fit_transform(X))
+
+
+def test_memory_knows_other_images_apart(tmp_path, count_images):
+    X = random_images(2)
+    transformer = make_features(memory=tmp_path).fit(X)
+    transformer.transform(X)
+    transformer.transform(X / 255)
+    changed = X.copy()
+    changed[1, -1, -1, -1] ^= 1
+    transformer.transform(changed)
+    assert sum(count_images) == 5
+
+
+def test_interrupted_write_leaves_no_broken_file(tmp_path, monkeypatch):
+    X = random_images(3)
+    transformer = make_features(memory=tmp_path, batch_size=1).fit(X)
+    save, calls = np.save, []
+
+    def interrupted(stream, array):
+        calls.append(array)
+        if len(calls) == 2:
+            stream.write(b"\x93NUMPY")
+            raise KeyboardInterrupt
+        save(stream, array)
+
+    with monkeypatch.context() as context:
+        context.setattr(np, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            transformer.transform(X)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert [file.suffix for file in files] == [".npy"]
+    expected = make_features(batch_size=1).fit_transform(X)
+    assert_array_equal(transformer.transform(X), expected)
+
+
+def test_search_passes_each_image_through_the_backbone_once(tmp_path, count_images):
+    X = random_images(16, 32, 32)
+    X[12:, 8:24, 8:24] = 0
+    y = np.repeat([1, -1], [12, 4])
+    pipeline = Pipeline(
+        [
+            ("features", make_features(memory=tmp_path)),
+            ("detect", SPADE(backbone="precomputed")),
+        ]
+    )
+    search = GridSearchCV(
+        pipeline,
+        {"detect__n_neighbors": [1, 2, 3]},
+        scoring="roc_auc",
+        cv=OneClassKFold(n_splits=4),
+    ).fit(X, y)
+    assert search.cv_results_["split3_test_score"].shape == (3,)
+    assert search.best_score_ == 1
+    assert sum(count_images) == len(X)
+
+
+def test_maps_come_back_at_the_size_of_the_images():
+    X = random_images(2, 36, 48)
+    transformer = make_features().fit(X)
+    ramp = np.arange(12.0) + np.arange(9.0)[:, None]
+    maps = transformer.inverse_transform_maps([ramp, 2 * ramp], X)
+    assert maps.shape == (2, 36, 48)
+    assert maps.dtype == np.float32
+    # pixel centres: a row of the grid is 4 pixels, and stands at their middle
+    inner = (np.arange(48) + 0.5) / 4 - 0.5 + ((np.arange(36) + 0.5) / 4 - 0.5)[:, None]
+    assert_allclose(maps[0, 2:-2, 2:-2], inner[2:-2, 2:-2], rtol=1e-5)
+    assert_allclose(maps[1], 2 * maps[0])
+
+
+def test_pickle_needs_no_weights_file(weights_file):
+    X = random_images(2)
+    transformer = make_features(weights=weights_file).fit(X)
+    expected = transformer.transform(X)
+    content = pickle.dumps(transformer)
+    weights_file.unlink()
+    assert_array_equal(pickle.loads(content).transform(X), expected)
+
+
+def test_real_weights(shared_data):
+    """The features of ImageNet tell apart what random ones do not."""
+    path = shared_data.parent / "weights" / "resnet18-imagenet-to-layer3.pth"
+    transformer = make_features(weights=path, layers=("layer3",), pool=True)
+    X = np.full((3, 64, 64, 3), 128, np.uint8)
+    X[1:, ::8] = X[2, :, ::8] = 0
+    stripes, grid, plain = transformer.fit_transform(X)[[1, 2, 0]]
+    assert (transformer.network_.trunk.bn1.running_mean != 0).all()
+    assert np.linalg.norm(stripes - plain) > 1
+    assert np.linalg.norm(stripes - grid) > 1
+    with pytest.raises(ValueError, match=r"lacks 'layer4"):
+        make_features(weights=path, layers=("layer4",)).fit(X)
