@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-import pickle
 import uuid
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from urllib.error import URLError
@@ -227,18 +227,12 @@ def _read_weights(path):
             "a state dict, or None."
         )
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"weights={str(path)!r} cannot be read: {error}"
-            ) from error
+        from safetensors.torch import load_file as read
+    else:
+        read = partial(torch.load, map_location="cpu", weights_only=True)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state = read(path)
+    except Exception as error:  # damaged files raise errors of many types
         raise ValueError(f"weights={str(path)!r} cannot be read: {error}") from error
     if not isinstance(state, dict) or not all(
         isinstance(value, torch.Tensor) for value in state.values()
@@ -278,10 +272,10 @@ def make_backbone(name, layers, weights, device, *, with_last_stage=False):
     Raises
     ------
     OSError
-        If the weights cannot be read or downloaded.
+        If there is no such file, or if the download fails.
     ValueError
-        If name or layers are unknown, or if the file holds no state dict or one of
-        another network.
+        If name or layers are unknown, or if the file is damaged, holds no state dict or
+        one of another network.
     """
     with torch.device("meta"):
         Backbone(name, layers)  # refuses unknown names before weights are fetched

@@ -303,6 +303,9 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         tags.input_tags.three_d_array = True
         return tags
 
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "offset_")
+
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y=None):
         """Learn what normal images look like.
@@ -586,8 +589,14 @@ class NetworkDetector(BaseDetector):
     def _fit(self, images, labels):
         if not (self.warm_start and hasattr(self, "network_")):
             self.network_ = self._build_network()
+            self._network_shape = self.image_shape_
             self.loss_curve_ = []
             self._optimizers = {}
+        elif self._network_shape != self.image_shape_:
+            raise ValueError(
+                f"warm_start=True goes on with a network for images of shape "
+                f"{self._network_shape}, but X holds images of {self.image_shape_}."
+            )
         self.network_.to(images.device, memory_format=torch.channels_last)
         torch.manual_seed(self._seed + len(self.loss_curve_))
         try:

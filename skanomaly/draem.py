@@ -306,10 +306,7 @@ class DRAEM(NetworkDetector):
         else:
             textures = self._resize_textures()
         if textures.shape[3] != channels:
-            if channels == 1:
-                textures = textures.mean(axis=3, keepdims=True)
-            else:
-                textures = textures[..., :1].repeat(channels, axis=3)
+            textures = textures.mean(axis=3, keepdims=True).repeat(channels, axis=3)
         return torch.from_numpy(textures.astype(np.uint8)).permute(0, 3, 1, 2)
 
     def _read_textures(self):

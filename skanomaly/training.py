@@ -81,7 +81,8 @@ def train(
         ``scheduler(optimizer)`` returns a learning rate scheduler that is stepped once
         an epoch, or None.
     optimizers : dict
-        Optimisers by part. Filled here; hand it in again to continue a training.
+        Optimisers by part. Filled here; hand it in again to continue a training, which
+        starts with the learning rates of ``optimizer(part)``.
     loss_curve : list of float
         The mean loss of every epoch is appended. Where several losses are yielded a
         batch, their sum counts.
@@ -109,12 +110,13 @@ def train(
     schedulers = {}
 
     def optimizer_of(part):
-        if part not in optimizers:
-            optimizers[part] = optimizer(part)
         if part not in schedulers:
-            for group in optimizers[part].param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"])
-            schedulers[part] = scheduler(optimizers[part])
+            fresh = optimizer(part)
+            kept = optimizers.setdefault(part, fresh)
+            for group, new in zip(kept.param_groups, fresh.param_groups, strict=True):
+                group["lr"] = new["lr"]
+                group.pop("initial_lr", None)
+            schedulers[part] = scheduler(kept)
         return optimizers[part]
 
     n_images = len(images)

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,19 @@ def X():
 
 @pytest.fixture(scope="module")
 def fitted(X):
-    return detector(contamination=0.25).fit(X)
+    """Trained until maps and scores clearly differ between the images."""
+    return detector(
+        contamination=0.4,
+        pooling_size=48,
+        max_epochs=8,
+        learning_rate=1e-2,
+        batch_size=4,
+    ).fit(X)
+
+
+@pytest.fixture(scope="module")
+def one_epoch(X):
+    return detector().fit(X)
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +169,10 @@ def test_bad_input_costs_no_training(X):
 # What is taken without a word
 
 
-def test_tensors_give_the_scores_of_arrays(X, fitted):
+def test_tensors_give_the_scores_of_arrays(X, fitted, one_epoch):
     tensors = torch.from_numpy(X)
-    model = detector(contamination=0.25).fit(tensors)
-    np.testing.assert_array_equal(model.score_samples(X), fitted.score_samples(X))
+    model = detector().fit(tensors)
+    np.testing.assert_array_equal(model.score_samples(X), one_epoch.score_samples(X))
     for method in ("score_samples", "predict", "localize", "segment"):
         np.testing.assert_array_equal(
             getattr(fitted, method)(tensors), getattr(fitted, method)(X)
@@ -180,24 +193,24 @@ def test_lists_give_the_scores_of_arrays(X, fitted):
     np.testing.assert_array_equal(fitted.score_samples(X.tolist()), scores)
 
 
-def test_data_frames_of_rows_leave_their_names(X, fitted):
+def test_data_frames_of_rows_leave_their_names(X, one_epoch):
     pandas = pytest.importorskip("pandas")
     names = [f"pixel{i}" for i in range(320)]
     frame = pandas.DataFrame(X.reshape(16, -1), columns=names)
-    model = detector(contamination=0.25, image_shape=(16, 20)).fit(frame)
+    model = detector(image_shape=(16, 20)).fit(frame)
     assert model.feature_names_in_.tolist() == names
     np.testing.assert_array_equal(
-        model.score_samples(frame), fitted.score_samples(X.reshape(16, -1))
+        model.score_samples(frame), one_epoch.score_samples(X)
     )
     with pytest.raises(ValueError, match="feature names should match"):
         model.predict(frame.iloc[:, ::-1])
 
 
-def test_memory_maps_are_read_in_batches(tmp_path, X, fitted):
+def test_memory_maps_are_read_in_batches(tmp_path, X, one_epoch):
     np.save(tmp_path / "X.npy", X)
     mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
-    model = detector(contamination=0.25).fit(mapped)
-    np.testing.assert_array_equal(model.localize(mapped), fitted.localize(X))
+    model = detector().fit(mapped)
+    np.testing.assert_array_equal(model.localize(mapped), one_epoch.localize(X))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -238,11 +251,11 @@ def test_masks_tell_the_anomalous_images(dtype, X, fitted_on_half):
     )
 
 
-def test_other_labels_are_ignored_with_a_warning_that_states_the_rule(X, fitted):
+def test_other_labels_are_ignored_with_a_warning_that_states_the_rule(X, one_epoch):
     rule = r"\+1 for normal and -1 for anomalous.*holds \[0, 1\].*where\(y == 1, -1, 1"
     with pytest.warns(UserWarning, match=rule):
-        model = detector(contamination=0.25).fit(X, np.repeat([0, 1], 8))
-    np.testing.assert_array_equal(model.score_samples(X), fitted.score_samples(X))
+        model = detector().fit(X, np.repeat([0, 1], 8))
+    np.testing.assert_array_equal(model.score_samples(X), one_epoch.score_samples(X))
 
 
 @pytest.mark.parametrize(
@@ -272,37 +285,35 @@ def test_the_contract_between_scores_and_decisions(X, fitted):
     decisions = fitted.decision_function(X)
     np.testing.assert_array_equal(decisions, scores - fitted.offset_)
     np.testing.assert_array_equal(fitted.predict(X), np.where(decisions < 0, -1, 1))
-    assert fitted.offset_ == np.percentile(scores, 25)
-    assert (fitted.predict(X) == -1).sum() == 4
+    assert fitted.offset_ == np.percentile(scores, 40)
+    assert (fitted.predict(X) == -1).sum() == 6
 
     peaks = fitted.localize(X).max(axis=(1, 2))
-    assert fitted.map_threshold_ == pytest.approx(np.quantile(peaks, 0.75), rel=1e-6)
+    assert fitted.map_threshold_ == pytest.approx(np.quantile(peaks, 0.6), rel=1e-6)
 
 
 def test_segments_lie_above_the_threshold_in_anomalous_images(X, fitted):
     maps, labels = fitted.localize(X), fitted.predict(X)
     segments = fitted.segment(X)
     assert segments.dtype == bool
-    expected = (maps > fitted.map_threshold_) & (labels == -1)[:, None, None]
-    np.testing.assert_array_equal(segments, expected)
+    high = maps > fitted.map_threshold_
+    np.testing.assert_array_equal(segments, high & (labels == -1)[:, None, None])
+    assert high[labels == 1].any()  # what predict calls normal stays unmarked
     assert segments.any()
 
-    high = maps > fitted.map_threshold_
-    assert high[labels == -1].any()
-    assert not segments[labels == 1].any()
+
+def test_fit_predict_equals_fit_and_predict(X, one_epoch):
+    np.testing.assert_array_equal(detector().fit_predict(X), one_epoch.predict(X))
 
 
-def test_fit_predict_equals_fit_and_predict(X, fitted):
-    np.testing.assert_array_equal(
-        detector(contamination=0.25).fit_predict(X), fitted.predict(X)
-    )
+def test_bfloat16_maps_are_close(X, fitted):
+    model = detector(precision="bfloat16").fit(X)
+    assert np.isfinite(model.loss_curve_).all()
 
-
-def test_bfloat16_scores_are_close(X, fitted):
-    model = detector(contamination=0.25, precision="bfloat16").fit(X)
-    maps = model.localize(X)
+    model = copy.deepcopy(fitted).set_params(precision="bfloat16")
+    maps, expected = model.localize(X), fitted.localize(X)
     assert maps.dtype == np.float32
-    np.testing.assert_allclose(maps, fitted.localize(X), atol=0.1)
+    assert 0 < np.abs(maps - expected).max() < 0.1 * np.ptp(expected)
 
 
 def test_every_draw_of_random_state_gives_another_model(X):
