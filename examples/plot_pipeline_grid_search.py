@@ -53,10 +53,10 @@ pipeline = make_pipeline(
 )
 
 # %%
-# Images are compared by the last layer that ``BackboneFeatures`` gives, and maps are made
-# of the two layers named above. ``OneClassKFold`` trains on normal images only and tests
-# every defect exactly once. ``scoring="roc_auc"`` ranks images by ``decision_function``;
-# the larger label, +1, is the normal one, as it must be.
+# Images are compared by the last layer that ``BackboneFeatures`` gives, and maps are
+# made of the two layers named above. ``OneClassKFold`` trains on normal images only and
+# tests every defect exactly once. ``scoring="roc_auc"`` ranks images by
+# ``decision_function``; the larger label, +1, is the normal one, as it must be.
 
 search = GridSearchCV(
     pipeline,

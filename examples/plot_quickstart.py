@@ -55,7 +55,7 @@ print(f"AU-PRO      {pro_auc_score(data.masks_test, maps):.3f}")
 kinds, rows = np.unique(data.defect_test, return_index=True)
 AnomalyMapDisplay.from_estimator(
     detector, data.X_test[rows], masks=data.masks_test[rows]
-).plot()
+)
 plt.savefig("quickstart.png")
 print("quickstart.png shows", ", ".join(kinds))
 plt.show()

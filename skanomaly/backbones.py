@@ -21,6 +21,7 @@ from .base import (
     ImageBatches,
     check_images,
     network_to_arrays,
+    plain_parameters,
     resolve_device,
     restore_network,
     seeded,
@@ -32,6 +33,7 @@ __all__ = ["Backbone", "BackboneFeatures"]
 
 MIN_SIDE = 32
 HEADS = ("avgpool", "classifier", "fc", "heads")
+NOT_CHAINS = ("googlenet", "inception", "maxvit", "swin", "vit")
 
 
 class Backbone(nn.Module):
@@ -73,11 +75,15 @@ class Backbone(nn.Module):
         super().__init__()
         import torchvision
 
-        known = torchvision.models.list_models(torchvision.models)
+        known = [
+            model
+            for model in torchvision.models.list_models(torchvision.models)
+            if not model.startswith(NOT_CHAINS)
+        ]
         if name not in known:
             raise ValueError(
-                f"backbone={name!r} is unknown to torchvision; it knows "
-                f"{', '.join(known)}."
+                f"backbone={name!r} is no convolutional network of torchvision whose "
+                f"children form a chain; those are {', '.join(known)}."
             )
         self.name = name
         self.layers = tuple(layers)
@@ -94,6 +100,9 @@ class Backbone(nn.Module):
         last = max(map(stages.index, self.layers))
         self.stages = tuple(stages[: last + 1])
         _cut(self.trunk, self.stages)
+        for module in self.trunk.modules():
+            if hasattr(module, "inplace"):
+                module.inplace = False  # it would overwrite the features of a layer
         self.register_buffer("mean", _channels(0.485, 0.456, 0.406))
         self.register_buffer("std", _channels(0.229, 0.224, 0.225))
         self.requires_grad_(False)
@@ -206,7 +215,8 @@ def _cut(module, stages, prefix=""):
 def _download(name):
     import torchvision
 
-    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    versions = torchvision.models.get_model_weights(name)
+    weights = getattr(versions, "IMAGENET1K_V1", versions.DEFAULT)
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
     except (URLError, TimeoutError) as error:
@@ -279,7 +289,7 @@ def make_backbone(name, layers, weights, device, *, with_last_stage=False):
     """
     with torch.device("meta"):
         Backbone(name, layers)  # refuses unknown names before weights are fetched
-        last = _chain(_whole(name), ())[-1]
+        last = _chain(_whole(name), layers)[-1]
     state = None
     if weights is not None:
         state = _download(name) if weights == "imagenet" else _read_weights(weights)
@@ -442,6 +452,7 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
             self.network_ = make_backbone(
                 self.backbone, self.layers, self.weights, resolve_device(self.device, X)
             )
+        self._built_from = plain_parameters(self)
         return self
 
     def transform(self, X):

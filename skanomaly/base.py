@@ -20,6 +20,8 @@ from sklearn.utils.validation import (
 
 from .training import autocast, train
 
+BYTE_LIKE = 100
+
 
 @contextlib.contextmanager
 def seeded(seed):
@@ -30,7 +32,7 @@ def seeded(seed):
     seed : int
         Seed of torch's generators on all devices.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
@@ -278,6 +280,20 @@ def _to_unit(images, device):
     return (images / scale if scale != 1.0 else images).permute(0, 3, 1, 2)
 
 
+def _warn_of_bytes(images):
+    """Warn of images that look like bytes but are of another type."""
+    if images.dtype in (np.uint8, torch.uint8):
+        return
+    if images.dtype in (np.bool_, torch.bool) or getattr(images.dtype, "names", None):
+        return
+    if (largest := float(images.max())) >= BYTE_LIKE:
+        warnings.warn(
+            f"X holds values up to {largest:g}. Images that are not uint8 are taken to "
+            "lie in [0, 1]: divide them by their largest possible value.",
+            stacklevel=3,
+        )
+
+
 class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     """Base of all detectors: images in, scores and maps out.
 
@@ -326,6 +342,9 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         X = self._check_X(X, reset=True)
         labels = check_labels(y, len(X))
         images = self._training_images(X, labels)
+        _warn_of_bytes(images.array)
+        self.__dict__.pop("offset_", None)
+        self._built_from = plain_parameters(self)
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with seeded(self._seed):
             self._fit(images, labels)
@@ -482,7 +501,7 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
                 scores = self._anomaly_scores(embedded, maps)
             yield (
                 rows,
-                scores.to("cpu", torch.float64).numpy(),
+                scores.cpu().double().numpy(),
                 None if maps is None else maps.float().cpu().numpy(),
             )
 
@@ -539,6 +558,26 @@ def state_with_arrays(state):
     return {**state, "network_": network_to_arrays(state["network_"])}
 
 
+def plain_parameters(estimator):
+    """Return the parameters of an estimator that are numbers, strings or tuples.
+
+    Parameters
+    ----------
+    estimator : BaseEstimator
+        An estimator in its fit.
+
+    Returns
+    -------
+    dict
+        What its network is built from, even if ``set_params`` changes it afterwards.
+    """
+    return {
+        name: value
+        for name, value in estimator.get_params(deep=False).items()
+        if isinstance(value, (Real, str, tuple, list, type(None)))
+    }
+
+
 def restore_network(estimator):
     """Rebuild the ``network_`` of an unpickled estimator from its NumPy arrays.
 
@@ -550,8 +589,10 @@ def restore_network(estimator):
     if not hasattr(estimator, "network_"):
         return
     arrays = estimator.network_
+    fitted = object.__new__(type(estimator))
+    fitted.__dict__.update({**vars(estimator), **estimator._built_from})
     with torch.device("meta"):
-        network = estimator._build_network()
+        network = fitted._build_network()
     tensors = {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
     network.load_state_dict(tensors, assign=True)
     estimator.network_ = network.to(memory_format=torch.channels_last).eval()
@@ -586,17 +627,22 @@ class NetworkDetector(BaseDetector):
     def _scheduler(self, optimizer):
         return None
 
+    def _check_X(self, X, *, reset):
+        if reset and self.warm_start and hasattr(self, "network_"):
+            try:
+                return super()._check_X(X, reset=False)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} With warm_start=True a fit goes on with the network of "
+                    "the last one."
+                ) from error
+        return super()._check_X(X, reset=reset)
+
     def _fit(self, images, labels):
         if not (self.warm_start and hasattr(self, "network_")):
             self.network_ = self._build_network()
-            self._network_shape = self.image_shape_
             self.loss_curve_ = []
             self._optimizers = {}
-        elif self._network_shape != self.image_shape_:
-            raise ValueError(
-                f"warm_start=True goes on with a network for images of shape "
-                f"{self._network_shape}, but X holds images of {self.image_shape_}."
-            )
         self.network_.to(images.device, memory_format=torch.channels_last)
         torch.manual_seed(self._seed + len(self.loss_curve_))
         try:

@@ -1,10 +1,18 @@
 """Separable image filters on tensors of shape ``(..., h, w)``."""
 
+import contextlib
 import functools
 import math
 
 import torch
 import torch.nn.functional as F
+
+
+def _no_autocast(device_type):
+    """Return the context that ends autocast; not every device knows autocast."""
+    if device_type in ("cpu", "cuda"):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def full_precision(function):
@@ -23,7 +31,7 @@ def full_precision(function):
 
     @functools.wraps(function)
     def wrapper(first, *args, **kwargs):
-        with torch.autocast(first.device.type, enabled=False):
+        with _no_autocast(first.device.type):
             return function(
                 convert(first),
                 *map(convert, args),

@@ -33,7 +33,8 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     Returns
     -------
     distances : torch.Tensor of shape (n_queries, n_neighbors)
-        Distances in ascending order, exactly 0 for equal vectors.
+        Distances in ascending order, computed from differences: equal vectors have the
+        distance 0.
     indices : torch.Tensor of shape (n_queries, n_neighbors)
         Rows of the gallery.
 
@@ -43,7 +44,8 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     the squared distances up to rounding, chunk by chunk. Of every group of 32 gallery
     rows only the smallest is kept. The ``n_neighbors`` nearest rows lie in as many
     groups; one group more is kept against rounding, and within these groups all
-    distances are computed from differences.
+    distances are computed from differences. Only where hundreds of rows lie closer
+    together than the rounding of the product, another of them may come out nearest.
 
     Examples
     --------
@@ -114,7 +116,8 @@ def rank_candidates(queries, gallery, candidates, n_neighbors):
     rows_at_once = max(1, GATHERED_VALUES // values)
     for rows in torch.arange(len(queries), device=queries.device).split(rows_at_once):
         chosen = candidates[rows]
-        neighbors = gallery[chosen.clamp(max=len(gallery) - 1)]  # (rows, candidates, c)
+        known = chosen.clamp(max=len(gallery) - 1).to(gallery.device)
+        neighbors = gallery[known].to(queries.device)  # (rows, candidates, c)
         distances[rows] = torch.linalg.vector_norm(
             neighbors.sub_(queries[rows, None]), dim=2
         ).masked_fill_(chosen >= len(gallery), torch.inf)
@@ -184,7 +187,7 @@ class ApproximateIndex:
         candidates[candidates < 0] = len(self.gallery)
         return rank_candidates(
             queries,
-            torch.from_numpy(self.gallery).to(queries.device),
+            torch.from_numpy(self.gallery),
             candidates.to(queries.device),
             n_neighbors,
         )

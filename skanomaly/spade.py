@@ -7,7 +7,6 @@ nothing similar is found, it is anomalous.
 """
 
 import os
-from functools import cached_property
 from numbers import Integral, Real
 
 import numpy as np
@@ -199,10 +198,13 @@ class SPADE(BaseDetector):
         self.random_state = random_state
         self.verbose = verbose
 
-    @cached_property
-    def map_threshold_(self):
+    def __getattr__(self, name):
+        # no property: dir() and scikit-learn's display would compute it
+        if name != "map_threshold_" or not self.__dict__.get("gallery_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         peaks = self._leave_one_out_peaks()
-        return np.quantile(peaks, 1 - self.contamination)
+        self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)
+        return self.map_threshold_
 
     def _build_network(self):
         return Backbone(self.backbone, self._stored_layers)
@@ -234,6 +236,8 @@ class SPADE(BaseDetector):
                 f"Found array with {len(X)} sample(s) (shape={X.shape}) while a "
                 f"minimum of {2 if reset else 1} is required by SPADE."
             )
+        if not all(np.isfinite(x[n]).all() for x in X for n in X.dtype.names):
+            raise ValueError("Input X contains NaN or infinity, which SPADE refuses.")
         shapes = {name: X.dtype[name].shape for name in X.dtype.names}
         if reset:
             self._feature_shapes = shapes
@@ -256,6 +260,8 @@ class SPADE(BaseDetector):
                 "image_score='max' needs maps, but gallery_size=0 keeps no features "
                 "for them; take image_score='knn'."
             )
+        for name in ("network_", "indices_", "map_threshold_"):
+            self.__dict__.pop(name, None)
         if self.backbone != "precomputed":
             check_channels(self)
             self.network_ = make_backbone(
@@ -367,13 +373,12 @@ class SPADE(BaseDetector):
         )
 
     def _search_index(self, layer, queries):
-        found, _ = self.indices_[layer].search(
-            queries.flatten(0, 1), self.n_pixel_neighbors
-        )
+        index = self.indices_[layer]
+        n_neighbors = min(self.n_pixel_neighbors, len(index.gallery))
+        found, _ = index.search(queries.flatten(0, 1), n_neighbors)
         return found.view(*queries.shape[:2], -1)
 
     def _set_thresholds(self, images):
-        self.__dict__.pop("map_threshold_", None)
         if self.image_score == "max":
             peaks = self._leave_one_out_peaks()
             self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)

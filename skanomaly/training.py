@@ -5,6 +5,7 @@ means "descend ``loss`` over the parameters of ``part`` now, then come back". A 
 autoencoder yields once a batch, a generative adversarial network yields twice.
 """
 
+import contextlib
 import math
 import time
 import warnings
@@ -38,11 +39,9 @@ class Batch(NamedTuple):
 
 def autocast(device, precision):
     """Return the context in which networks compute in ``precision`` on ``device``."""
-    return torch.autocast(
-        torch.device(device).type,
-        dtype=torch.bfloat16,
-        enabled=precision == "bfloat16",
-    )
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
 def train(

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from numpy.testing import assert_allclose, assert_array_equal
-from safetensors.torch import save_file
 from sklearn.model_selection import GridSearchCV
 
 from skanomaly import SPADE, BackboneFeatures, Pipeline
@@ -220,9 +219,16 @@ def test_last_stage_comes_along_if_the_weights_reach_it(resnet, tmp_path, trunca
     assert_loaded(backbone, resnet)
 
 
+def save_as(path, state):
+    if path.suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    else:
+        torch.save(state, path)
+
+
 def test_safetensors(resnet, tmp_path):
     path = tmp_path / "resnet18.safetensors"
-    save_file(resnet.state_dict(), path)
+    save_as(path, resnet.state_dict())
     assert_loaded(make_backbone("resnet18", ("layer2",), path, CPU), resnet)
 
 
@@ -277,18 +283,16 @@ def test_pickled_network_is_refused(resnet, tmp_path):
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_damaged_file(resnet, tmp_path, name, n_bytes):
     path = tmp_path / name
-    save = save_file if name.endswith("safetensors") else torch.save
-    save(resnet.state_dict(), path)
+    save_as(path, resnet.state_dict())
     path.write_bytes(path.read_bytes()[:n_bytes])
     with pytest.raises(ValueError, match=f"{name}.*cannot be read"):
         make_backbone("resnet18", LAYERS, path, CPU)
 
 
-@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_file_of_another_kind(tmp_path, name):
-    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match=f"{name}.*cannot be read"):
-        make_backbone("resnet18", LAYERS, tmp_path / name, CPU)
+def test_file_of_another_kind(tmp_path):
+    (tmp_path / "w.pth").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"w\.pth.*cannot be read"):
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth", CPU)
 
 
 def test_missing_file(tmp_path):
@@ -506,3 +510,20 @@ def test_real_weights(shared_data):
     assert np.linalg.norm(stripes - grid) > 1
     with pytest.raises(ValueError, match=r"lacks 'layer4"):
         make_features(weights=path, layers=("layer4",)).fit(X)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("resnet18", ("bn1", "layer1")), ("vgg11", ("features.0", "features.3"))],
+)
+def test_later_layers_do_not_overwrite_features(name, layers):
+    torch.manual_seed(0)
+    backbone = Backbone(name, layers).eval()
+    features = backbone(torch.rand(1, 3, 32, 32))
+    assert features[layers[0]].min() < 0
+
+
+@pytest.mark.parametrize("name", ["swin_t", "vit_b_16", "googlenet"])
+def test_networks_that_are_no_chain_are_refused(name):
+    with pytest.raises(ValueError, match="children form a chain"):
+        Backbone(name, ("features",))

@@ -1,5 +1,6 @@
 """Tests of SPADE, on images with random weights and on given features."""
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
+from sklearn.utils import estimator_html_repr
 
 from skanomaly import SPADE, BackboneFeatures, make_pipeline
 from skanomaly.datasets import load_mvtec, load_textures
@@ -222,6 +224,18 @@ def test_refit_forgets_the_threshold_of_the_maps():
     assert detector.map_threshold_ == precomputed().fit(X[4:]).map_threshold_ != before
 
 
+def test_display_computes_no_threshold():
+    detector = precomputed().fit(random_features(4))
+    dn2 = precomputed(gallery_size=0).fit(random_features(4))
+    for fitted in (detector, dn2, precomputed()):
+        assert "predict" in dir(fitted)
+        assert "precomputed" in estimator_html_repr(fitted)
+        assert "map_threshold_" not in vars(fitted)
+    assert hasattr(detector, "map_threshold_")
+    assert not hasattr(dn2, "map_threshold_")
+    assert not hasattr(precomputed(), "map_threshold_")
+
+
 # DN2: images only
 
 
@@ -364,3 +378,34 @@ def test_anomalous_records_are_left_out():
     expected = precomputed().fit(X[y == 1])
     assert_array_equal(detector.localize(X), expected.localize(X))
     assert detector.offset_ == expected.offset_
+
+
+@pytest.mark.parametrize("kind", [np.nan, np.inf])
+def test_precomputed_features_must_be_finite(kind):
+    X = np.zeros(4, [("layer1", np.float32, (4, 4, 3))])
+    X["layer1"][2, 1, 1, 1] = kind
+    spade = SPADE(backbone="precomputed", layers=("layer1",))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        spade.fit(X)
+
+
+def test_layers_inside_of_a_sequential_child():
+    X = np.random.default_rng(0).uniform(size=(4, 32, 32, 3))
+    spade = SPADE(backbone="vgg11", layers=("features.2", "features.5"), weights=None)
+    spade.set_params(random_state=0).fit(X)
+    assert spade.localize(X).shape == (4, 32, 32)
+    assert spade.embeddings_.shape == (4, 512)
+
+
+def test_a_refit_on_features_forgets_the_network(tmp_path):
+    X = np.random.default_rng(0).uniform(size=(4, 32, 32, 3))
+    spade = SPADE(backbone="shufflenet_v2_x0_5", layers=("stage2",), weights=None)
+    spade.fit(X).set_params(backbone="precomputed")
+    features = np.zeros(4, [("stage2", np.float32, (4, 4, 3))])
+    features["stage2"] = np.arange(4)[:, None, None, None]
+    spade.fit(features)
+    joblib.dump(spade, tmp_path / "spade.joblib")
+    loaded = joblib.load(tmp_path / "spade.joblib")
+    np.testing.assert_array_equal(
+        loaded.score_samples(features), spade.score_samples(features)
+    )
