@@ -29,7 +29,8 @@ class Batch(NamedTuple):
     labels : torch.Tensor of shape (b,) or None
         +1 for normal and -1 for anomalous images, None where none were given.
     step : int
-        Number of batches trained on before this one, since the first fit.
+        Number of the batch: the epochs before it, since the first fit, times the
+        batches an epoch, and the batches before it in its own epoch.
     """
 
     images: torch.Tensor
