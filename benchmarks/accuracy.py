@@ -28,7 +28,16 @@ import torch
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 
-from skanomaly import DRAEM, SPADE
+from skanomaly import (
+    DRAEM,
+    RIAD,
+    SCADN,
+    SMAI,
+    SPADE,
+    Autoencoder,
+    InTra,
+    VariationalAutoencoder,
+)
 from skanomaly.base import BaseDetector, NetworkDetector
 from skanomaly.datasets import load_mvtec
 from skanomaly.filters import gaussian_blur
@@ -79,7 +88,17 @@ class Naive(BaseDetector):
         return gaussian_blur(distances, 4 * min(distances.shape[1:]) / 224)
 
 
-METHODS = {"naive": Naive, "spade": SPADE, "draem": DRAEM}
+METHODS = {
+    "naive": Naive,
+    "autoencoder": Autoencoder,
+    "draem": DRAEM,
+    "intra": InTra,
+    "riad": RIAD,
+    "scadn": SCADN,
+    "smai": SMAI,
+    "spade": SPADE,
+    "vae": VariationalAutoencoder,
+}
 
 
 def main():

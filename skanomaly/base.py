@@ -1,6 +1,5 @@
 """The contract that every detector keeps, and the training that networks share."""
 
-import contextlib
 import math
 import os
 import warnings
@@ -18,24 +17,9 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from .training import autocast, train
+from .training import autocast, seeded, train
 
 BYTE_LIKE = 100
-
-
-@contextlib.contextmanager
-def seeded(seed):
-    """Seed torch inside a ``with`` block and restore its generators afterwards.
-
-    Parameters
-    ----------
-    seed : int
-        Seed of torch's generators on all devices.
-    """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def resolve_device(device, X=None):
@@ -341,7 +325,7 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         """
         X = self._check_X(X, reset=True)
         labels = check_labels(y, len(X))
-        images = self._training_images(X, labels)
+        images, labels = self._training_images(X, labels)
         _warn_of_bytes(images.array)
         self.__dict__.pop("offset_", None)
         self._built_from = plain_parameters(self)
@@ -439,7 +423,7 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
 
     @abstractmethod
     def _fit(self, images, labels):
-        """Learn from ``images``, an ImageBatches of the training images."""
+        """Learn from the training images, an ImageBatches, and their labels or None."""
 
     @abstractmethod
     def _anomaly_maps(self, images):
@@ -475,30 +459,39 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     def _training_images(self, X, labels):
         device = resolve_device(self.device, X)
         if labels is None:
-            return ImageBatches(X, device)
+            return ImageBatches(X, device), None
         normal = np.flatnonzero(labels == 1)
         if len(normal) < 2:
             raise ValueError(
                 f"{type(self).__name__} learns from normal images (label +1) and needs "
                 f"2 or more, but y marks n_samples = {len(normal)}."
             )
-        return ImageBatches(X, device, normal)
+        return ImageBatches(X, device, normal), labels[normal]
 
-    def _evaluate(self, images, *, maps_wanted):
-        """Yield the rows, anomaly scores and maps (or None) of each batch."""
+    def _in_batches(self, images, function):
+        """Yield the rows of each batch and what a function returns for its images."""
         for rows in gen_batches(len(images), self.batch_size):
             with (
                 torch.inference_mode(),
                 seeded(self._seed),
                 autocast(images.device, self.precision),
             ):
-                embedded = self._embed(images[rows])
-                maps = (
-                    self._anomaly_maps(embedded)
-                    if maps_wanted or self._scores_need_maps
-                    else None
-                )
-                scores = self._anomaly_scores(embedded, maps)
+                result = function(images[rows])
+            yield rows, result
+
+    def _evaluate(self, images, *, maps_wanted):
+        """Yield the rows, anomaly scores and maps (or None) of each batch."""
+
+        def evaluate(batch):
+            embedded = self._embed(batch)
+            maps = (
+                self._anomaly_maps(embedded)
+                if maps_wanted or self._scores_need_maps
+                else None
+            )
+            return self._anomaly_scores(embedded, maps), maps
+
+        for rows, (scores, maps) in self._in_batches(images, evaluate):
             yield (
                 rows,
                 scores.cpu().double().numpy(),
@@ -609,8 +602,12 @@ class NetworkDetector(BaseDetector):
         **BaseDetector._parameter_constraints,
         "max_epochs": [Interval(Integral, 1, None, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left"), None],
         "warm_start": ["boolean"],
     }
+
+    _weight_decay = 0.0
 
     @abstractmethod
     def _build_network(self):
@@ -622,7 +619,9 @@ class NetworkDetector(BaseDetector):
 
     def _optimizer(self, part):
         trainable = [p for p in part.parameters() if p.requires_grad]
-        return torch.optim.Adam(trainable, lr=self.learning_rate)
+        return torch.optim.Adam(
+            trainable, lr=self.learning_rate, weight_decay=self._weight_decay
+        )
 
     def _scheduler(self, optimizer):
         return None
@@ -642,6 +641,7 @@ class NetworkDetector(BaseDetector):
         if not (self.warm_start and hasattr(self, "network_")):
             self.network_ = self._build_network()
             self.loss_curve_ = []
+            self.validation_curve_ = []
             self._optimizers = {}
         self.network_.to(images.device, memory_format=torch.channels_last)
         torch.manual_seed(self._seed + len(self.loss_curve_))
@@ -649,14 +649,18 @@ class NetworkDetector(BaseDetector):
             train(
                 self.network_,
                 images,
-                None if labels is None else torch.from_numpy(labels[images.rows]),
+                None if labels is None else torch.from_numpy(labels),
                 losses=self._losses,
                 optimizer=self._optimizer,
                 scheduler=self._scheduler,
                 optimizers=self._optimizers,
                 loss_curve=self.loss_curve_,
+                validation_curve=self.validation_curve_,
                 max_epochs=self.max_epochs,
                 batch_size=self.batch_size,
+                validation_fraction=self.validation_fraction,
+                n_iter_no_change=self.n_iter_no_change,
+                seed=self._seed,
                 precision=self.precision,
                 verbose=self.verbose,
             )

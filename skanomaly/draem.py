@@ -17,7 +17,7 @@ from sklearn.utils._param_validation import Interval
 from torch import nn
 
 from .base import NetworkDetector
-from .filters import mean_filter
+from .filters import mean_filter, scaled_size
 from .images import IMAGE_SUFFIXES, LoadImages, ResizeImages
 from .losses import focal_loss, ssim_loss
 from .networks import ConvUnit, conv_block, pad_to_multiple
@@ -149,6 +149,11 @@ class DRAEM(NetworkDetector):
         epochs.
     batch_size : int, default=8
         Number of images a batch, in training and in prediction.
+    validation_fraction : float, default=0.1
+        Share of the training images that is held out if there is an early stop.
+    n_iter_no_change : int, default=None
+        Stop after so many epochs without a lower loss of the images held out, and go
+        back to the weights of the lowest. None trains all epochs on all images.
     contamination : float, default=0.01
         Share of the training images that ``predict`` is to call anomalous.
     precision : {"float32", "bfloat16"}, default="float32"
@@ -169,6 +174,8 @@ class DRAEM(NetworkDetector):
         The two trained networks.
     loss_curve_ : list of float
         Mean training loss of every epoch.
+    validation_curve_ : list of float
+        Validation loss of every epoch; empty without an early stop.
     n_iter_ : int
         Number of epochs trained.
     offset_ : float
@@ -258,6 +265,8 @@ class DRAEM(NetworkDetector):
         max_epochs=700,
         learning_rate=1e-4,
         batch_size=8,
+        validation_fraction=0.1,
+        n_iter_no_change=None,
         contamination=0.01,
         precision="float32",
         device="auto",
@@ -276,6 +285,8 @@ class DRAEM(NetworkDetector):
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
         self.batch_size = batch_size
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
         self.contamination = contamination
         self.precision = precision
         self.device = device
@@ -383,5 +394,5 @@ class DRAEM(NetworkDetector):
         return logits.float().softmax(dim=1)[:, 1]
 
     def _anomaly_scores(self, images, maps):
-        size = self.pooling_size * min(maps.shape[1:]) / 256
-        return mean_filter(maps, 2 * round((size - 1) / 2) + 1).amax(dim=(1, 2))
+        size = scaled_size(self.pooling_size, maps)
+        return mean_filter(maps, size).amax(dim=(1, 2))

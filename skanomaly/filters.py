@@ -107,11 +107,8 @@ def gaussian_blur(images, sigma, *, radius=None, padding="reflect"):
 
 
 @full_precision
-def mean_filter(images, size):
+def mean_filter(images, size, *, padding="zeros"):
     """Average every pixel with its square neighbourhood.
-
-    Beyond the border stand zeros that count in the mean, so that maps fall off towards
-    the border.
 
     Parameters
     ----------
@@ -119,6 +116,9 @@ def mean_filter(images, size):
         Images or maps.
     size : int
         Odd side length of the neighbourhood in pixels.
+    padding : {"zeros", "none"}, default="zeros"
+        What stands beyond the border: zeros that count in the mean, so that maps fall
+        off towards the border, or nothing, so that the mean is over fewer pixels.
 
     Returns
     -------
@@ -132,9 +132,34 @@ def mean_filter(images, size):
     >>> mean_filter(torch.ones(1, 3, 3), 3)[0, 1]
     tensor([0.6667, 1.0000, 0.6667])
     """
-    half = size // 2
-    rows = F.avg_pool2d(images[:, None], (size, 1), stride=1, padding=(half, 0))
-    return F.avg_pool2d(rows, (1, size), stride=1, padding=(0, half))[:, 0]
+    half, zeros = size // 2, padding == "zeros"
+    rows = F.avg_pool2d(images[:, None], (size, 1), 1, (half, 0), False, zeros)
+    return F.avg_pool2d(rows, (1, size), 1, (0, half), False, zeros)[:, 0]
+
+
+def scaled_size(size, images):
+    """Scale the side length of a filter with the size of the images.
+
+    Parameters
+    ----------
+    size : int
+        Side length in pixels of an image of 256 pixels.
+    images : torch.Tensor of shape (..., h, w)
+        Images or maps to be filtered; the shorter side counts.
+
+    Returns
+    -------
+    int
+        The nearest odd side length.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skanomaly.filters import scaled_size
+    >>> scaled_size(21, torch.ones(1, 64, 128))
+    5
+    """
+    return 2 * round((size * min(images.shape[-2:]) / 256 - 1) / 2) + 1
 
 
 @full_precision

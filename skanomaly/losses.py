@@ -7,7 +7,16 @@ from .filters import full_precision, gaussian_blur, prewitt
 
 
 @full_precision
-def ssim_map(images, references, *, data_range=1.0, window_size=11, sigma=1.5):
+def ssim_map(
+    images,
+    references,
+    *,
+    data_range=1.0,
+    window_size=11,
+    sigma=1.5,
+    constants=(1e-4, 9e-4),
+    padding="zeros",
+):
     """Compute the structural similarity of two batches of images at every pixel.
 
     Parameters
@@ -20,15 +29,17 @@ def ssim_map(images, references, *, data_range=1.0, window_size=11, sigma=1.5):
         Odd side length of the Gaussian window in pixels.
     sigma : float, default=1.5
         Standard deviation of the Gaussian window in pixels.
+    constants : tuple of float, default=(1e-4, 9e-4)
+        Stabilisers of luminance and structure for a range of 1; larger ones damp
+        regions of low contrast.
+    padding : {"zeros", "reflect"}, default="zeros"
+        What stands beyond the border: zeros, as in the codes of DRAEM and RIAD, or the
+        mirrored images.
 
     Returns
     -------
     torch.Tensor of shape (b, c, h, w)
         Similarities of at most 1, which equal images reach.
-
-    Notes
-    -----
-    Beyond the border stand zeros, as in the codes of DRAEM and RIAD.
 
     References
     ----------
@@ -47,28 +58,24 @@ def ssim_map(images, references, *, data_range=1.0, window_size=11, sigma=1.5):
         [images, references, images**2, references**2, images * references]
     )
     mean_x, mean_y, square_x, square_y, product = gaussian_blur(
-        moments, sigma, radius=window_size // 2, padding="zeros"
+        moments, sigma, radius=window_size // 2, padding=padding
     )
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    c1, c2 = (constant * data_range**2 for constant in constants)
     covariance = product - mean_x * mean_y
     variances = square_x - mean_x**2 + square_y - mean_y**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     return luminance * (2 * covariance + c2) / (variances + c2)
 
 
-def ssim_loss(images, references, *, data_range=1.0, window_size=11, sigma=1.5):
+def ssim_loss(images, references, **settings):
     """Compute one minus the mean structural similarity.
 
     Parameters
     ----------
     images, references : torch.Tensor of shape (b, c, h, w)
         Images to compare.
-    data_range : float or torch.Tensor of shape (), default=1.0
-        Difference between the largest and the smallest possible value.
-    window_size : int, default=11
-        Odd side length of the Gaussian window in pixels.
-    sigma : float, default=1.5
-        Standard deviation of the Gaussian window in pixels.
+    **settings : dict
+        Keyword arguments of `ssim_map`.
 
     Returns
     -------
@@ -87,16 +94,7 @@ def ssim_loss(images, references, *, data_range=1.0, window_size=11, sigma=1.5):
     >>> abs(ssim_loss(image, image).item()) < 1e-6
     True
     """
-    return (
-        1
-        - ssim_map(
-            images,
-            references,
-            data_range=data_range,
-            window_size=window_size,
-            sigma=sigma,
-        ).mean()
-    )
+    return 1 - ssim_map(images, references, **settings).mean()
 
 
 @full_precision
@@ -154,6 +152,10 @@ def msgms_loss(images, references, *, n_scales=4):
     torch.Tensor of shape ()
         Mean over the scales of one minus the mean similarity, 0 for equal images.
 
+    See Also
+    --------
+    msgms_map : The similarity at every pixel.
+
     References
     ----------
     V. Zavrtanik, M. Kristan, D. Skočaj. "Reconstruction by inpainting for visual
@@ -167,11 +169,80 @@ def msgms_loss(images, references, *, n_scales=4):
     >>> abs(msgms_loss(image, image).item()) < 1e-6
     True
     """
-    loss = 1 - gms_map(images, references).mean()
+    maps = _gms_pyramid(images, references, n_scales)
+    return 1 - torch.stack([level.mean() for level in maps]).mean()
+
+
+@full_precision
+def msgms_map(images, references, *, n_scales=4):
+    """Compute the multi-scale gradient magnitude similarity at every pixel.
+
+    Parameters
+    ----------
+    images, references : torch.Tensor of shape (b, c, h, w)
+        Images with values in [0, 1].
+    n_scales : int, default=4
+        Number of scales; each halves the images of the one before by 2 x 2 averages.
+
+    Returns
+    -------
+    torch.Tensor of shape (b, h, w)
+        Similarities in (0, 1], averaged over the channels and, interpolated to the
+        full size, over the scales.
+
+    See Also
+    --------
+    msgms_loss : One minus its mean, for training.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skanomaly.losses import msgms_map
+    >>> image = torch.rand(1, 3, 32, 32)
+    >>> torch.allclose(msgms_map(image, image), torch.ones(1, 32, 32))
+    True
+    """
+    levels = [
+        F.interpolate(
+            level.mean(dim=1, keepdim=True), size=images.shape[-2:], mode="bilinear"
+        )
+        for level in _gms_pyramid(images, references, n_scales)
+    ]
+    return torch.stack(levels).mean(dim=0)[:, 0]
+
+
+def _gms_pyramid(images, references, n_scales):
+    """Yield the similarity of images and of ever smaller versions of them."""
+    yield gms_map(images, references)
     for _ in range(n_scales - 1):
-        images, references = F.avg_pool2d(images, 2), F.avg_pool2d(references, 2)
-        loss = loss + 1 - gms_map(images, references).mean()
-    return loss / n_scales
+        # a side of one pixel stays one pixel
+        size = [2 if side > 1 else 1 for side in images.shape[-2:]]
+        images, references = F.avg_pool2d(images, size), F.avg_pool2d(references, size)
+        yield gms_map(images, references)
+
+
+@full_precision
+def gaussian_divergence(means, log_variances):
+    """Compute the Kullback-Leibler divergence of Gaussians from the standard one.
+
+    Parameters
+    ----------
+    means, log_variances : torch.Tensor of shape (b, d)
+        Parameters of Gaussians with independent coordinates.
+
+    Returns
+    -------
+    torch.Tensor of shape (b,)
+        Divergences, 0 for the standard Gaussian.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skanomaly.losses import gaussian_divergence
+    >>> gaussian_divergence(torch.zeros(1, 4), torch.zeros(1, 4))
+    tensor([0.])
+    """
+    return 0.5 * (means**2 + log_variances.exp() - 1 - log_variances).sum(dim=1)
 
 
 @full_precision

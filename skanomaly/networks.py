@@ -1,10 +1,14 @@
-"""Blocks that several networks are built from."""
+"""Networks and blocks that several methods use."""
 
+import itertools
+
+import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 
-def pad_to_multiple(images, multiple):
+def pad_to_multiple(images, multiple, *, minimum=1):
     """Pad images at their right and lower border by replication.
 
     Parameters
@@ -13,13 +17,17 @@ def pad_to_multiple(images, multiple):
         Images of any size.
     multiple : int
         Height and width become the next multiple of it.
+    minimum : int, default=1
+        Smallest height and width, a multiple of ``multiple``.
 
     Returns
     -------
     torch.Tensor of shape (b, c, H, W)
         The padded images; crop what is computed from them by ``[..., :h, :w]``.
     """
-    bottom, right = (-side % multiple for side in images.shape[-2:])
+    bottom, right = (
+        max(-side % multiple, minimum - side) for side in images.shape[-2:]
+    )
     if not (bottom or right):
         return images
     return F.pad(images, (0, right, 0, bottom), mode="replicate")
@@ -49,3 +57,139 @@ def conv_block(in_channels, out_channels):
     return nn.Sequential(
         ConvUnit(in_channels, out_channels), ConvUnit(out_channels, out_channels)
     )
+
+
+class InpaintingUNet(nn.Module):
+    """U-Net with four strided stages and logits of the images' size.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Numbers of channels of the input and the output.
+    width : int
+        Number of channels at the full resolution; deeper stages have 2, 4, 8 and 8
+        times as many.
+    norm : callable, default=torch.nn.BatchNorm2d
+        ``norm(channels)`` returns a normalisation layer.
+
+    References
+    ----------
+    V. Zavrtanik, M. Kristan, D. Skočaj. "Reconstruction by inpainting for visual
+    anomaly detection". Pattern Recognition, 2021.
+    """
+
+    def __init__(self, in_channels, out_channels, width, norm=nn.BatchNorm2d):
+        super().__init__()
+
+        def unit(convolution):
+            return [convolution, norm(convolution.out_channels), nn.ReLU(inplace=True)]
+
+        widths = [width, 2 * width, 4 * width, 8 * width, 8 * width]
+        first = nn.Conv2d(in_channels, width, 3, padding=1)
+        strided = [
+            nn.Conv2d(wide, narrow, 4, stride=2, padding=1)
+            for wide, narrow in itertools.pairwise(widths)
+        ]
+        self.down = nn.ModuleList(
+            nn.Sequential(
+                *unit(convolution), *unit(nn.Conv2d(side, side, 3, padding=1))
+            )
+            for side, convolution in zip(widths, [first, *strided], strict=True)
+        )
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1)
+            for wide, narrow in itertools.pairwise(widths[::-1])
+        )
+        self.merge = nn.ModuleList(
+            nn.Sequential(
+                *unit(nn.Conv2d(2 * side, side, 3, padding=1)),
+                *unit(nn.Conv2d(side, side, 3, padding=1)),
+            )
+            for side in widths[-2::-1]
+        )
+        self.head = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, images):
+        height, width = images.shape[-2:]
+        features = pad_to_multiple(images, 16)
+        skips = []
+        for block in self.down:
+            features = block(features)
+            skips.append(features)
+        skips.pop()  # (b, 8 * width, h / 16, w / 16)
+        for up, merge in zip(self.up, self.merge, strict=True):
+            features = merge(torch.cat([up(features), skips.pop()], dim=1))
+        return self.head(features)[..., :height, :width]  # (b, out_channels, h, w)
+
+
+class PatchCritic(nn.Sequential):
+    """Discriminator that judges overlapping patches, with spectral normalisation.
+
+    Parameters
+    ----------
+    channels : int
+        Number of channels of the images.
+    width : int
+        Number of channels of the first layer; the others have 2, 4 and 8 times as many.
+
+    References
+    ----------
+    P. Isola, J. Zhu, T. Zhou, A. Efros. "Image-to-image translation with conditional
+    adversarial networks". CVPR 2017.
+    """
+
+    def __init__(self, channels, width):
+        widths = [channels, width, 2 * width, 4 * width, 8 * width]
+        layers = []
+        for (wide, narrow), stride in zip(
+            itertools.pairwise(widths), (2, 2, 2, 1), strict=True
+        ):
+            layers += [_critic_layer(wide, narrow, stride), nn.LeakyReLU(0.2, True)]
+        super().__init__(*layers, _critic_layer(8 * width, 1, 1))
+
+    def forward(self, images):
+        """Return a logit a patch: (b, 1, h', w'), positive where it looks real."""
+        return super().forward(images)
+
+
+def _critic_layer(in_channels, out_channels, stride):
+    convolution = nn.Conv2d(in_channels, out_channels, 4, stride, padding=1, bias=False)
+    nn.init.normal_(convolution.weight, 0.0, 0.02)
+    return spectral_norm(convolution)
+
+
+def critic_loss(critic, real, fake):
+    """Compute the loss of a critic that tells real from generated images.
+
+    Parameters
+    ----------
+    critic : torch.nn.Module
+        Returns logits.
+    real, fake : torch.Tensor of shape (b, c, h, w)
+        Real and generated images, the latter detached from their generator.
+
+    Returns
+    -------
+    torch.Tensor of shape ()
+        Mean of both binary cross-entropies.
+    """
+    on_real, on_fake = critic(real).float(), critic(fake).float()
+    return 0.5 * (F.softplus(-on_real).mean() + F.softplus(on_fake).mean())
+
+
+def adversarial_loss(critic, fake):
+    """Compute the loss of a generator that wants to fool a critic.
+
+    Parameters
+    ----------
+    critic : torch.nn.Module
+        Returns logits.
+    fake : torch.Tensor of shape (b, c, h, w)
+        Generated images.
+
+    Returns
+    -------
+    torch.Tensor of shape ()
+        Binary cross-entropy of the critic against the label "real".
+    """
+    return F.softplus(-critic(fake).float()).mean()

@@ -6,6 +6,7 @@ autoencoder yields once a batch, a generative adversarial network yields twice.
 """
 
 import contextlib
+import copy
 import math
 import time
 import warnings
@@ -38,6 +39,21 @@ class Batch(NamedTuple):
     step: int
 
 
+@contextlib.contextmanager
+def seeded(seed):
+    """Seed torch inside a ``with`` block and restore its generators afterwards.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of torch's generators on all devices.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
 def autocast(device, precision):
     """Return the context in which networks compute in ``precision`` on ``device``."""
     if precision == "float32":
@@ -55,8 +71,12 @@ def train(
     scheduler,
     optimizers,
     loss_curve,
+    validation_curve,
     max_epochs,
     batch_size,
+    validation_fraction=0.1,
+    n_iter_no_change=None,
+    seed=0,
     precision="float32",
     verbose=0,
 ):
@@ -86,11 +106,22 @@ def train(
     loss_curve : list of float
         The mean loss of every epoch is appended. Where several losses are yielded a
         batch, their sum counts.
+    validation_curve : list of float
+        The mean validation loss of every epoch is appended, if there is an early stop.
+        Where several losses are yielded a batch, the last counts.
     max_epochs : int
-        Number of epochs.
+        Largest number of epochs.
     batch_size : int
         Largest number of images a batch. Batches are of nearly equal size and hold at
         least two images (batch normalisation needs them), except of a single image.
+    validation_fraction : float, default=0.1
+        Share of the images that is held out if there is an early stop.
+    n_iter_no_change : int, default=None
+        Stop after so many epochs without a lower validation loss, and go back to the
+        weights of the lowest. None trains all epochs on all images.
+    seed : int, default=0
+        Seed of the choice of the images held out and of what the losses draw for them,
+        so that the validation losses of all epochs compare.
     precision : {"float32", "bfloat16"}, default="float32"
         Precision of the network calls.
     verbose : int, default=0
@@ -98,6 +129,8 @@ def train(
 
     Raises
     ------
+    ValueError
+        If fewer than two images are left for the training.
     FloatingPointError
         If the loss of an epoch is not finite.
 
@@ -119,21 +152,20 @@ def train(
             schedulers[part] = scheduler(kept)
         return optimizers[part]
 
-    n_images = len(images)
-    n_batches = max(1, min(-(-n_images // batch_size), n_images // 2))
+    rows, held_out = _hold_out(len(images), validation_fraction, n_iter_no_change, seed)
+    n_batches = _count_batches(len(rows), batch_size)
     first_step = step = len(loss_curve) * n_batches
     long_fit_checked = bool(verbose)
     started = time.monotonic()
     progress = tqdm(total=max_epochs, unit="epoch", disable=not verbose)
+    lowest, best_weights, n_epochs_since = math.inf, None, 0
     network.train()
     try:
         for _ in range(max_epochs):
             total = 0.0
-            order = torch.randperm(n_images).numpy()
+            order = rows[torch.randperm(len(rows)).numpy()]
             for indices in np.array_split(order, n_batches):
-                batch = Batch(
-                    images[indices], None if labels is None else labels[indices], step
-                )
+                batch = _batch(images, labels, indices, step)
                 total = total + _train_step(
                     losses(network, batch), optimizer_of, batch.images.device, precision
                 )
@@ -144,18 +176,28 @@ def train(
                     _warn_if_long(
                         elapsed * max_epochs * n_batches / (step - first_step)
                     )
-            mean = float(total) / n_batches
-            if not math.isfinite(mean):
-                raise FloatingPointError(
-                    f"The training loss became {mean} in epoch {len(loss_curve) + 1}. "
-                    "A lower learning_rate helps; so may precision='float32'."
-                )
+            mean = _finite_mean(total, n_batches, "training", loss_curve)
             loss_curve.append(mean)
             for schedule in schedulers.values():
                 if schedule is not None:
                     schedule.step()
             progress.set_postfix(loss=f"{mean:.4g}", refresh=False)
             progress.update()
+            if n_iter_no_change is None:
+                continue
+
+            with seeded(seed):
+                total = _validate(
+                    network, images, labels, held_out, losses, batch_size, precision
+                )
+            mean = _finite_mean(total, len(held_out), "validation", loss_curve)
+            validation_curve.append(mean)
+            n_epochs_since += 1
+            if mean < lowest:
+                lowest, n_epochs_since = mean, 0
+                best_weights = copy.deepcopy(network.state_dict())
+            if n_epochs_since >= n_iter_no_change:
+                break
     except KeyboardInterrupt:
         warnings.warn(
             f"Training was interrupted after {len(loss_curve)} epochs; the estimator "
@@ -165,6 +207,56 @@ def train(
     finally:
         progress.close()
         network.eval()
+        if best_weights is not None:
+            network.load_state_dict(best_weights)
+
+
+def _hold_out(n_images, validation_fraction, n_iter_no_change, seed):
+    """Return the rows to train on and those held out, if there is an early stop."""
+    if n_iter_no_change is None:
+        return np.arange(n_images), None
+    n_held_out = max(1, round(validation_fraction * n_images))
+    if n_images - n_held_out < 2:
+        raise ValueError(
+            f"validation_fraction={validation_fraction} of n_samples = {n_images} "
+            "training images leaves fewer than 2 to train on. n_iter_no_change=None "
+            "trains on all of them, without an early stop."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n_images, generator=generator).numpy()
+    return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
+
+
+def _count_batches(n_images, batch_size):
+    return max(1, min(-(-n_images // batch_size), n_images // 2))
+
+
+def _batch(images, labels, indices, step):
+    return Batch(images[indices], None if labels is None else labels[indices], step)
+
+
+def _finite_mean(total, count, kind, loss_curve):
+    mean = float(total) / count
+    if not math.isfinite(mean):
+        raise FloatingPointError(
+            f"The {kind} loss became {mean} in epoch {len(loss_curve) + 1}. "
+            "A lower learning_rate helps; so may precision='float32'."
+        )
+    return mean
+
+
+def _validate(network, images, labels, rows, losses, batch_size, precision):
+    """Return the sum over some images of the loss that is yielded last."""
+    total = 0.0
+    network.eval()
+    for indices in np.array_split(rows, _count_batches(len(rows), batch_size)):
+        batch = _batch(images, labels, indices, 0)
+        with autocast(batch.images.device, precision):
+            for _, loss in losses(network, batch):
+                last = loss.detach()
+        total = total + len(indices) * last
+    network.train()
+    return total
 
 
 def _train_step(steps, optimizer_of, device, precision):

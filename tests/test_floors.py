@@ -9,12 +9,17 @@ PACKAGE = Path(__file__).parents[1] / "skanomaly"
 
 FLOORS = [  # from the ground up; modules of one floor do not import each other
     {"filters"},
-    {"losses", "metrics", "neighbors", "networks", "synthesis"},
+    {"losses", "masking", "metrics", "neighbors", "networks", "synthesis"},
     {"training"},
     {"base"},
     {"backbones", "images"},
     {
+        "autoencoder",
         "draem",
+        "intra",
+        "riad",
+        "scadn",
+        "smai",
         "spade",
     },
     {"datasets", "display", "model_selection", "pipeline"},

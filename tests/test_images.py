@@ -247,9 +247,12 @@ def test_full_disk_leaves_the_old_file_and_no_other(paths, tmp_path):
 
 
 SLOW = """
+import signal
 import sys
 from skanomaly.images import LoadImages
 
+# a process that was started in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 folder, *paths = sys.argv[1:]
 print("ready", flush=True)
 LoadImages(memmap=folder).transform(paths * 5_000)

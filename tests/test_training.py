@@ -42,6 +42,7 @@ def fit(network, images, losses, *, optimizers=None, loss_curve=None, **settings
     loss_curve = [] if loss_curve is None else loss_curve
     settings = {
         "optimizer": lambda part: torch.optim.SGD(part.parameters(), lr=0.5),
+        "validation_curve": [],
         "scheduler": lambda optimizer: None,
         "max_epochs": 1,
         "batch_size": 4,
