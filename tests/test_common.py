@@ -295,7 +295,7 @@ def test_bfloat16_is_close(cls, fitted):
     other = pickle.loads(pickle.dumps(fitted[cls])).set_params(precision="bfloat16")
     found = other.score_samples(X)
     assert not np.array_equal(found, expected)
-    np.testing.assert_allclose(found, expected, rtol=0.1)
+    np.testing.assert_allclose(found, expected, rtol=0.2)
 
 
 @pytest.mark.parametrize("cls", DETECTORS)
