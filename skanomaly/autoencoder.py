@@ -491,6 +491,8 @@ class VariationalAutoencoder(_ReconstructionDetector):
     def _losses(self, network, batch):
         images = self._crop(batch.images)
         means, log_variances = network.encode(images).float().chunk(2, dim=1)
+        # an early spike of the loss must not overflow the exponential
+        log_variances = log_variances.clamp(-20, 10)
         codes = means + torch.randn_like(means) * (log_variances / 2).exp()
         rebuilt = network.decode(codes, images.shape[-2:])
         divergence = gaussian_divergence(means, log_variances)

@@ -182,6 +182,12 @@ def _whole(name):
     return torchvision.models.get_model(name, weights=None)
 
 
+def last_stage(name):
+    """Return the name of the last child of a torchvision network before its head."""
+    with torch.device("meta"):
+        return _chain(_whole(name), ())[-1]
+
+
 def _channels(*values):
     return torch.tensor(values).view(1, 3, 1, 1)
 
@@ -289,10 +295,10 @@ def make_backbone(name, layers, weights, device, *, with_last_stage=False):
     """
     with torch.device("meta"):
         Backbone(name, layers)  # refuses unknown names before weights are fetched
-        last = _chain(_whole(name), layers)[-1]
     state = None
     if weights is not None:
         state = _download(name) if weights == "imagenet" else _read_weights(weights)
+    last = last_stage(name)
     within_reach = state is None or any(key.startswith(f"{last}.") for key in state)
     if with_last_stage and last not in layers and within_reach:
         layers = (*layers, last)

@@ -47,7 +47,9 @@ def resolve_device(device, X=None):
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def check_images(estimator, X, *, reset, image_shape=None, min_samples=1):
+def check_images(
+    estimator, X, *, reset, image_shape=None, clip_length=None, min_samples=1
+):
     """Check images and view them as an array of shape (n, H, W, C), without a copy.
 
     Sets ``n_features_in_`` and ``image_shape_`` of the estimator, or compares with
@@ -64,13 +66,16 @@ def check_images(estimator, X, *, reset, image_shape=None, min_samples=1):
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of an image given as a row. None takes a square number
         of features for a square grey image, any other number for an image of one line.
+    clip_length : int, default=None
+        Number T of images a clip, where X holds clips (n, T, H, W, C), (n, T, H, W) or
+        their rows. None where it holds images.
     min_samples : int, default=1
         Smallest number of images accepted.
 
     Returns
     -------
-    numpy.ndarray or torch.Tensor of shape (n, H, W, C)
-        The images.
+    numpy.ndarray or torch.Tensor of shape (n, H, W, C) or (n, T, H, W, C)
+        The images or clips.
 
     Raises
     ------
@@ -94,22 +99,31 @@ def check_images(estimator, X, *, reset, image_shape=None, min_samples=1):
             estimator=estimator,
             input_name="X",
         )
-    if images.ndim not in (2, 3, 4):
+    clip = () if clip_length is None else (clip_length,)
+    n_axes = 1 + len(clip)
+    if images.ndim not in (2, n_axes + 2, n_axes + 3) or (
+        images.ndim > 2 and images.shape[1:n_axes] != clip
+    ):
+        wanted = "images (n, H, W, C) or (n, H, W), or their rows (n, H * W * C)"
+        if clip:
+            wanted = (
+                f"clips of T = {clip_length} images, (n, T, H, W, C) or (n, T, H, W), "
+                "or their rows (n, T * H * W * C)"
+            )
         raise ValueError(
-            f"X has shape {tuple(images.shape)}, but {name} wants images (n, H, W, C) "
-            "or (n, H, W), or their rows (n, H * W * C)."
+            f"X has shape {tuple(images.shape)}, but {name} wants {wanted}."
         )
 
     if images.ndim == 2:
         validate_data(estimator, X, reset=reset, skip_check_array=True)
         shape = (
-            _row_shape(name, images.shape[1], image_shape)
+            _row_shape(name, images.shape[1], image_shape, clip_length or 1)
             if reset
             else estimator.image_shape_
         )
     else:
         _check_feature_names(estimator, X, reset=reset)
-        shape = (*images.shape[1:], 1)[:3]
+        shape = (*images.shape[n_axes:], 1)[:3]
         if 0 in shape:
             raise ValueError(
                 f"X has shape {tuple(images.shape)}: its images are empty."
@@ -125,8 +139,8 @@ def check_images(estimator, X, *, reset, image_shape=None, min_samples=1):
             )
     if reset:
         estimator.image_shape_ = tuple(int(side) for side in shape)
-        estimator.n_features_in_ = math.prod(estimator.image_shape_)
-    return images.reshape(len(images), *estimator.image_shape_)
+        estimator.n_features_in_ = math.prod((*clip, *estimator.image_shape_))
+    return images.reshape(len(images), *clip, *estimator.image_shape_)
 
 
 def _holds_paths(X):
@@ -155,15 +169,21 @@ def _full_shape(image_shape):
     return (*image_shape, 1)[:3]
 
 
-def _row_shape(name, n_features, image_shape):
+def _row_shape(name, n_features, image_shape, n_images):
+    if n_features % n_images:
+        raise ValueError(
+            f"X has {n_features} features, which {name} cannot share out to the "
+            f"{n_images} images of a clip."
+        )
+    n_features //= n_images
     if image_shape is None:
         side = math.isqrt(n_features)
         return (side, side, 1) if side * side == n_features else (1, n_features, 1)
     shape = _full_shape(image_shape)
     if math.prod(shape) != n_features:
         raise ValueError(
-            f"X has {n_features} features, but image_shape={image_shape!r} of {name} "
-            f"asks for {math.prod(shape)}."
+            f"X has {n_features} features an image, but image_shape={image_shape!r} of "
+            f"{name} asks for {math.prod(shape)}."
         )
     return shape
 
@@ -173,7 +193,7 @@ def check_labels(y, n_samples):
 
     Parameters
     ----------
-    y : array-like of shape (n,) or (n, H, W), or None
+    y : array-like of shape (n,), (n, H, W) or (n, T, H, W), or None
         Labels within {-1, +1}, or masks, True where anomalous.
     n_samples : int
         Number of images.
@@ -198,7 +218,7 @@ def check_labels(y, n_samples):
     y = np.asarray(y)
     if len(np.atleast_1d(y)) != n_samples:
         raise ValueError(f"y has length {len(np.atleast_1d(y))}, but X {n_samples}.")
-    if y.ndim == 3:
+    if y.ndim in (3, 4):
         return np.where(y.reshape(n_samples, -1).any(axis=1), -1, 1)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
@@ -222,9 +242,9 @@ class ImageBatches:
 
     Parameters
     ----------
-    array : numpy.ndarray or torch.Tensor of shape (n, H, W, C)
-        Images, uint8 in [0, 255] or real numbers in [0, 1]; or a structured array of
-        shape (n,) whose fields have the shape (H, W, C).
+    array : numpy.ndarray or torch.Tensor of shape (n, H, W, C) or (n, T, H, W, C)
+        Images or clips, uint8 in [0, 255] or real numbers in [0, 1]; or a structured
+        array of shape (n,) whose fields have the shape (H, W, C).
     device : torch.device
         Where the tensors are wanted.
     rows : numpy.ndarray of int, default=None
@@ -240,7 +260,10 @@ class ImageBatches:
         return len(self.rows)
 
     def __getitem__(self, index):
-        """Return the images of some rows: (b, C, H, W), float32, channels last."""
+        """Return the images of some rows as float32: (b, C, H, W) or (b, C, T, H, W).
+
+        In memory the channels come last.
+        """
         rows = self.rows[index]
         if isinstance(self.array, torch.Tensor):
             return _to_unit(self.array[torch.as_tensor(rows)], self.device)
@@ -253,6 +276,39 @@ class ImageBatches:
         }
 
 
+class AnnotatedImages:
+    """Images with one more channel that is computed from each image once.
+
+    Parameters
+    ----------
+    images : ImageBatches
+        Images.
+    annotate : callable
+        ``annotate(images)`` returns an array (b, H, W) for images (b, C, H, W). It is
+        kept in memory as it is.
+    """
+
+    def __init__(self, images, annotate):
+        self.images = images
+        self.device = images.device
+        self.annotate = annotate
+        self.known = {}
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, indices):
+        """Return images and annotations as float32: (b, C + 1, H, W)."""
+        images = self.images[indices]
+        new = [i for i, index in enumerate(indices) if index not in self.known]
+        if new:
+            for i, annotation in zip(new, self.annotate(images[new]), strict=True):
+                self.known[indices[i]] = annotation
+        annotations = np.stack([self.known[index] for index in indices])
+        annotations = torch.from_numpy(annotations.astype(np.float32))
+        return torch.cat([images, annotations[:, None].to(images.device)], dim=1)
+
+
 def _to_tensor(array):
     dtype = np.uint8 if array.dtype == np.uint8 else np.float32
     return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
@@ -261,7 +317,7 @@ def _to_tensor(array):
 def _to_unit(images, device):
     scale = 255.0 if images.dtype == torch.uint8 else 1.0
     images = images.to(device).to(torch.float32)
-    return (images / scale if scale != 1.0 else images).permute(0, 3, 1, 2)
+    return (images / scale if scale != 1.0 else images).movedim(-1, 1)
 
 
 def _warn_of_bytes(images):
@@ -324,7 +380,7 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
             The fitted detector.
         """
         X = self._check_X(X, reset=True)
-        labels = check_labels(y, len(X))
+        labels = self._check_y(y, len(X))
         images, labels = self._training_images(X, labels)
         _warn_of_bytes(images.array)
         self.__dict__.pop("offset_", None)
@@ -395,7 +451,7 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
             Anomaly maps, float32, high where anomalous.
         """
         images = self._images(X)
-        result = np.empty((len(images), *self.image_shape_[:2]), np.float32)
+        result = np.empty((len(images), *self._map_shape), np.float32)
         for rows, _, maps in self._evaluate(images, maps_wanted=True):
             result[rows] = maps
         return result
@@ -415,10 +471,11 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
             calls anomalous.
         """
         images = self._images(X)
-        result = np.empty((len(images), *self.image_shape_[:2]), bool)
+        result = np.empty((len(images), *self._map_shape), bool)
         for rows, scores, maps in self._evaluate(images, maps_wanted=True):
-            anomalous = -scores - self.offset_ < 0
-            result[rows] = (maps > self.map_threshold_) & anomalous[:, None, None]
+            normal = -scores - self.offset_ >= 0
+            result[rows] = maps > self.map_threshold_
+            result[rows][normal] = False
         return result
 
     @abstractmethod
@@ -431,13 +488,19 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
 
     def _anomaly_scores(self, images, maps):
         """Return the degrees of anomaly (b,) of images."""
-        return maps.amax(dim=(1, 2))
+        return maps.flatten(1).amax(dim=1)
 
     def _embed(self, images):
         """Return what maps and scores are both computed from: the images themselves."""
         return images
 
     _scores_need_maps = True
+    _clip_length = None
+
+    @property
+    def _map_shape(self):
+        """Shape of the map of one sample."""
+        return self.image_shape_[:2]
 
     def _check_X(self, X, *, reset):
         return check_images(
@@ -445,8 +508,12 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
             X,
             reset=reset,
             image_shape=self.image_shape,
+            clip_length=self._clip_length,
             min_samples=2 if reset else 1,
         )
+
+    def _check_y(self, y, n_samples):
+        return check_labels(y, n_samples)
 
     def _images(self, X):
         check_is_fitted(self)
@@ -502,7 +569,7 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         scores, peaks = [], []
         for _, batch_scores, maps in self._evaluate(images, maps_wanted=True):
             scores.append(-batch_scores)
-            peaks.append(maps.max(axis=(1, 2)))
+            peaks.append(maps.reshape(len(maps), -1).max(axis=1))
         self.offset_ = np.percentile(np.concatenate(scores), 100 * self.contamination)
         self.map_threshold_ = np.quantile(np.concatenate(peaks), 1 - self.contamination)
 
@@ -588,7 +655,26 @@ def restore_network(estimator):
         network = fitted._build_network()
     tensors = {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
     network.load_state_dict(tensors, assign=True)
-    estimator.network_ = network.to(memory_format=torch.channels_last).eval()
+    estimator.network_ = channels_last(network).eval()
+
+
+def channels_last(network):
+    """Store the weights of a network's convolutions channels last, the fast layout.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        A network whose convolutions all have two axes, or all three.
+
+    Returns
+    -------
+    torch.nn.Module
+        The network.
+    """
+    n_axes = max((parameter.ndim for parameter in network.parameters()), default=0)
+    if n_axes == 5:
+        return network.to(memory_format=torch.channels_last_3d)
+    return network.to(memory_format=torch.channels_last)
 
 
 class NetworkDetector(BaseDetector):
@@ -612,6 +698,10 @@ class NetworkDetector(BaseDetector):
     @abstractmethod
     def _build_network(self):
         """Return the untrained network."""
+
+    def _initial_network(self, images):
+        """Return the network that a fit begins with."""
+        return self._build_network()
 
     @abstractmethod
     def _losses(self, network, batch):
@@ -638,31 +728,44 @@ class NetworkDetector(BaseDetector):
         return super()._check_X(X, reset=reset)
 
     def _fit(self, images, labels):
+        self._start(images)
+        self._train(
+            images,
+            labels,
+            losses=self._losses,
+            scheduler=self._scheduler,
+            loss_curve=self.loss_curve_,
+            validation_curve=self.validation_curve_,
+            max_epochs=self.max_epochs,
+        )
+
+    def _start(self, images):
+        """Make the network, unless a warm start has one, and move it to its device."""
         if not (self.warm_start and hasattr(self, "network_")):
-            self.network_ = self._build_network()
+            self.network_ = self._initial_network(images)
             self.loss_curve_ = []
             self.validation_curve_ = []
             self._optimizers = {}
-        self.network_.to(images.device, memory_format=torch.channels_last)
-        torch.manual_seed(self._seed + len(self.loss_curve_))
+        channels_last(self.network_.to(images.device))
+
+    def _train(self, images, labels, *, loss_curve, **settings):
+        """Train with the settings of the estimator; return whether it was finished."""
+        torch.manual_seed(self._seed + len(loss_curve))
         try:
-            train(
+            return train(
                 self.network_,
                 images,
                 None if labels is None else torch.from_numpy(labels),
-                losses=self._losses,
                 optimizer=self._optimizer,
-                scheduler=self._scheduler,
                 optimizers=self._optimizers,
-                loss_curve=self.loss_curve_,
-                validation_curve=self.validation_curve_,
-                max_epochs=self.max_epochs,
+                loss_curve=loss_curve,
                 batch_size=self.batch_size,
                 validation_fraction=self.validation_fraction,
                 n_iter_no_change=self.n_iter_no_change,
                 seed=self._seed,
                 precision=self.precision,
                 verbose=self.verbose,
+                **settings,
             )
         finally:
             self.n_iter_ = len(self.loss_curve_)

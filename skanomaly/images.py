@@ -22,7 +22,7 @@ from .base import check_images, resolve_device
 
 __all__ = ["CenterCropImages", "LoadImages", "ResizeImages", "ToDevice"]
 
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 _VALUES_PER_BATCH = 2**24
 _SIZE_CONSTRAINT = [Interval(Integral, 1, None, closed="left"), tuple, list]

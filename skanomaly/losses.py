@@ -221,6 +221,44 @@ def _gms_pyramid(images, references, n_scales):
         yield gms_map(images, references)
 
 
+def gradient_penalty(critic, real, fake):
+    """Compute how far a critic's slope is from 1 between real and generated images.
+
+    Parameters
+    ----------
+    critic : callable
+        ``critic(images)`` returns scores of shape (b, ...), of which the mean over all
+        but the first axis is taken.
+    real, fake : torch.Tensor of shape (b, c, h, w)
+        Real and generated images. One point is drawn on the line between each pair.
+
+    Returns
+    -------
+    torch.Tensor of shape ()
+        Mean squared difference of the norm of the gradient from 1.
+
+    References
+    ----------
+    I. Gulrajani, F. Ahmed, M. Arjovsky, V. Dumoulin, A. Courville. "Improved training
+    of Wasserstein GANs". NeurIPS 2017. arXiv 1704.00028.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skanomaly.losses import gradient_penalty
+    >>> real, fake = torch.rand(2, 4, 1, 8, 8)
+    >>> gradient_penalty(lambda images: 0 * images, real, fake).item()
+    1.0
+    """
+    place = torch.rand(len(real), 1, 1, 1).to(real.device)
+    between = (place * real + (1 - place) * fake).detach().requires_grad_()
+    scores = critic(between).float().flatten(1).mean(dim=1)
+    (slopes,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
+    # the square root has no finite slope at zero
+    norms = (slopes.flatten(1).square().sum(dim=1) + 1e-12).sqrt()
+    return (norms - 1).square().mean()
+
+
 @full_precision
 def gaussian_divergence(means, log_variances):
     """Compute the Kullback-Leibler divergence of Gaussians from the standard one.

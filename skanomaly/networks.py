@@ -13,24 +13,29 @@ def pad_to_multiple(images, multiple, *, minimum=1):
 
     Parameters
     ----------
-    images : torch.Tensor of shape (b, c, h, w)
-        Images of any size.
-    multiple : int
-        Height and width become the next multiple of it.
+    images : torch.Tensor of shape (b, c, h, w) or (b, c, t, h, w)
+        Images or clips of any size; clips are padded at their end, too.
+    multiple : int or tuple of int
+        Each side becomes the next multiple of it, or of its own member of a tuple.
     minimum : int, default=1
         Smallest height and width, a multiple of ``multiple``.
 
     Returns
     -------
-    torch.Tensor of shape (b, c, H, W)
+    torch.Tensor of shape (b, c, H, W) or (b, c, T, H, W)
         The padded images; crop what is computed from them by ``[..., :h, :w]``.
     """
-    bottom, right = (
-        max(-side % multiple, minimum - side) for side in images.shape[-2:]
-    )
-    if not (bottom or right):
+    size = images.shape[2:]
+    if isinstance(multiple, int):
+        multiple = (multiple,) * len(size)
+    more = [
+        max(-side % step, minimum - side)
+        for side, step in zip(size, multiple, strict=True)
+    ]
+    if not any(more):
         return images
-    return F.pad(images, (0, right, 0, bottom), mode="replicate")
+    pads = [pad for extra in reversed(more) for pad in (0, extra)]
+    return F.pad(images, pads, mode="replicate")
 
 
 class ConvUnit(nn.Sequential):
@@ -122,8 +127,10 @@ class InpaintingUNet(nn.Module):
         return self.head(features)[..., :height, :width]  # (b, out_channels, h, w)
 
 
-class PatchCritic(nn.Sequential):
+class PatchCritic(nn.Module):
     """Discriminator that judges overlapping patches, with spectral normalisation.
+
+    Images of fewer than 32 pixels a side are padded by replication.
 
     Parameters
     ----------
@@ -139,17 +146,18 @@ class PatchCritic(nn.Sequential):
     """
 
     def __init__(self, channels, width):
+        super().__init__()
         widths = [channels, width, 2 * width, 4 * width, 8 * width]
         layers = []
         for (wide, narrow), stride in zip(
             itertools.pairwise(widths), (2, 2, 2, 1), strict=True
         ):
             layers += [_critic_layer(wide, narrow, stride), nn.LeakyReLU(0.2, True)]
-        super().__init__(*layers, _critic_layer(8 * width, 1, 1))
+        self.layers = nn.Sequential(*layers, _critic_layer(8 * width, 1, 1))
 
     def forward(self, images):
         """Return a logit a patch: (b, 1, h', w'), positive where it looks real."""
-        return super().forward(images)
+        return self.layers(pad_to_multiple(images, 1, minimum=32))
 
 
 def _critic_layer(in_channels, out_channels, stride):

@@ -275,19 +275,19 @@ class SCADN(NetworkDetector):
         images = batch.images
         masks = self._masks(images).flatten(0, 1)
         masks = masks[torch.randint(len(masks), (len(images),))]  # (b, 1, h, w)
-        # the critic has no use for images of fewer pixels than its field of view
-        real = pad_to_multiple(images, 8, minimum=SMALLEST_SIDE)
         painted = network["generator"](images, masks)
-        fake = pad_to_multiple(painted, 8, minimum=SMALLEST_SIDE)
 
-        yield network["critic"], critic_loss(network["critic"], real, fake.detach())
+        yield (
+            network["critic"],
+            critic_loss(network["critic"], images, painted.detach()),
+        )
 
         visible = F.mse_loss(painted * (1 - masks), images * (1 - masks))
         hidden = F.mse_loss(painted * masks, images * masks)
         yield (
             network["generator"],
             2 * (visible + HIDDEN_WEIGHT * hidden)  # half of the pixels are hidden
-            + self.adversarial_weight * adversarial_loss(network["critic"], fake),
+            + self.adversarial_weight * adversarial_loss(network["critic"], painted),
         )
 
     def _embed(self, images):

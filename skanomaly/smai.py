@@ -14,7 +14,7 @@ from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
-from .base import NetworkDetector
+from .base import AnnotatedImages, NetworkDetector
 from .filters import mean_filter, scaled_size
 from .losses import ssim_loss
 from .masking import superpixels
@@ -36,39 +36,6 @@ class SMAINetwork(nn.Module):
         """Return the repainted images (b, c, h, w); masks are (b, 1, h, w)."""
         painted = self.unet(torch.cat([images * (1 - masks), masks], dim=1)).sigmoid()
         return torch.where(masks == 1, painted, images)
-
-
-class SuperpixelImages:
-    """Images with the numbers of their superpixels as one more channel.
-
-    Parameters
-    ----------
-    images : ImageBatches
-        Images.
-    segment : callable
-        ``segment(images)`` returns the numbers (b, h, w) of images (b, c, h, w). It
-        sees each image once.
-    """
-
-    def __init__(self, images, segment):
-        self.images = images
-        self.device = images.device
-        self.segment = segment
-        self.known = {}
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, indices):
-        """Return images and numbers: (b, c + 1, h, w)."""
-        images = self.images[indices]
-        new = [i for i, index in enumerate(indices) if index not in self.known]
-        if new:
-            for i, labels in zip(new, self.segment(images[new]).cpu(), strict=True):
-                self.known[indices[i]] = labels.numpy().astype(np.uint16)
-        labels = np.stack([self.known[index] for index in indices]).astype(np.float32)
-        labels = torch.from_numpy(labels).to(images.device)
-        return torch.cat([images, labels[:, None]], dim=1)
 
 
 class SMAI(NetworkDetector):
@@ -244,15 +211,15 @@ class SMAI(NetworkDetector):
                 f"hidden_fraction={self.hidden_fraction!r} must be a range (low, high) "
                 "within [0, 1]."
             )
-        super()._fit(SuperpixelImages(images, self._segment), labels)
+        super()._fit(AnnotatedImages(images, self._segment), labels)
 
     def _segment(self, images):
-        """Return the numbers (b, h, w) of the superpixels of images."""
+        """Return the numbers (b, h, w) of the superpixels of images, as an array."""
         labels = [
             superpixels(image, n_segments=self.n_segments, compactness=self.compactness)
             for image in images.permute(0, 2, 3, 1).cpu().numpy()
         ]
-        return torch.from_numpy(np.stack(labels)).to(images.device)
+        return np.stack(labels).astype(np.int32)
 
     def _hide_superpixels(self, labels):
         """Draw masks (b, 1, h, w) that hide superpixels of each image, but not all."""
@@ -281,7 +248,7 @@ class SMAI(NetworkDetector):
 
     def _embed(self, images):
         """Return the squared errors and the numbers of superpixels, (b, h, w) both."""
-        labels = self._segment(images)
+        labels = torch.from_numpy(self._segment(images)).long().to(images.device)
         counts = labels.amax(dim=(1, 2)) + 1
         owners = torch.arange(len(images), device=images.device)
         owners = owners.repeat_interleave(counts)  # (n,): whose superpixel it is

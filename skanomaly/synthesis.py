@@ -96,7 +96,7 @@ def random_lattices(n, height, width):
 
 
 @full_precision
-def rotate(images, degrees):
+def rotate(images, degrees, *, mode="bilinear"):
     """Rotate images about their centre; zeros come in from outside.
 
     Parameters
@@ -105,11 +105,13 @@ def rotate(images, degrees):
         Images.
     degrees : torch.Tensor of shape (b,)
         Angles in degrees.
+    mode : {"bilinear", "nearest"}, default="bilinear"
+        How the images are interpolated.
 
     Returns
     -------
     torch.Tensor of shape (b, c, h, w)
-        The rotated images, interpolated bilinearly.
+        The rotated images.
     """
     height, width = images.shape[-2:]
     radians = torch.deg2rad(degrees)
@@ -120,7 +122,7 @@ def rotate(images, degrees):
     ]
     theta = torch.stack(rows, dim=1).to(images.device)  # (b, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images, grid, mode=mode, align_corners=False)
 
 
 def perlin_masks(n, height, width, device="cpu"):

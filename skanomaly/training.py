@@ -127,6 +127,11 @@ def train(
     verbose : int, default=0
         Whether to show a progress bar.
 
+    Returns
+    -------
+    bool
+        False if the training was interrupted from the keyboard.
+
     Raises
     ------
     ValueError
@@ -204,11 +209,13 @@ def train(
             "can be used as it is, and a fit with warm_start=True continues it.",
             stacklevel=2,
         )
+        return False
     finally:
         progress.close()
         network.eval()
         if best_weights is not None:
             network.load_state_dict(best_weights)
+    return True
 
 
 def _hold_out(n_images, validation_fraction, n_iter_no_change, seed):
@@ -269,7 +276,9 @@ def _train_step(steps, optimizer_of, device, precision):
             return total
         optimizer = optimizer_of(part)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward(
+            inputs=[p for group in optimizer.param_groups for p in group["params"]]
+        )
         optimizer.step()
         total = total + loss.detach()
 
