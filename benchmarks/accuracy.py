@@ -30,12 +30,16 @@ from sklearn.metrics import roc_auc_score
 
 from skanomaly import (
     DRAEM,
+    MNAD,
     RIAD,
     SCADN,
     SMAI,
     SPADE,
     Autoencoder,
+    DifferNet,
     InTra,
+    MemAE,
+    PNet,
     VariationalAutoencoder,
 )
 from skanomaly.base import BaseDetector, NetworkDetector
@@ -91,8 +95,12 @@ class Naive(BaseDetector):
 METHODS = {
     "naive": Naive,
     "autoencoder": Autoencoder,
+    "differnet": DifferNet,
     "draem": DRAEM,
     "intra": InTra,
+    "memae": MemAE,
+    "mnad": MNAD,
+    "pnet": PNet,
     "riad": RIAD,
     "scadn": SCADN,
     "smai": SMAI,

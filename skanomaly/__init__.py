@@ -2,10 +2,15 @@
 
 from .autoencoder import Autoencoder, VariationalAutoencoder
 from .backbones import BackboneFeatures
+from .descargan import DeScarGAN
+from .differnet import DifferNet
 from .draem import DRAEM
 from .images import CenterCropImages, LoadImages, ResizeImages, ToDevice
 from .intra import InTra
+from .memae import MemAE
+from .mnad import MNAD
 from .pipeline import Pipeline, make_pipeline
+from .pnet import PNet
 from .riad import RIAD
 from .scadn import SCADN
 from .smai import SMAI
@@ -14,17 +19,23 @@ from .spade import SPADE
 __version__ = "0.1.0"
 
 __all__ = [
-    # detectors that compare with stored features
+    # detectors on pretrained features
+    "DifferNet",
     "SPADE",
     # detectors that reconstruct
     "Autoencoder",
     "VariationalAutoencoder",
     "DRAEM",
+    "MemAE",
+    "MNAD",
+    "PNet",
     # detectors that inpaint
     "InTra",
     "RIAD",
     "SCADN",
     "SMAI",
+    # a detector that learns from labels
+    "DeScarGAN",
     # transformers
     "BackboneFeatures",
     "CenterCropImages",

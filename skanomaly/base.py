@@ -437,6 +437,25 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         """
         return np.where(self.decision_function(X) < 0, -1, 1)
 
+    def fit_predict(self, X, y=None, **fit_params):
+        """Fit and tell normal from anomalous images of the same set.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Training images.
+        y : array-like of shape (n,) or (n, H, W), default=None
+            Labels or masks, as `fit` takes them.
+        **fit_params : dict
+            Further arguments of `fit`.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n,)
+            +1 for normal and -1 for anomalous images.
+        """
+        return self.fit(X, y, **fit_params).predict(X)
+
     def localize(self, X):
         """Map where images are anomalous.
 

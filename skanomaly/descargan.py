@@ -364,12 +364,13 @@ class DeScarGAN(NetworkDetector):
     def _check_y(self, y, n_samples):
         if y is None:
             raise ValueError(
-                "DeScarGAN learns from healthy and diseased images and requires y to be "
-                "passed, but the target y is None. Labels are +1 for healthy and -1 for "
-                "diseased images."
+                "DeScarGAN learns from healthy and diseased images and requires y to "
+                "be passed, but the target y is None. Labels are +1 for healthy and -1 "
+                "for diseased images."
             )
-        values = np.unique(np.asarray(y))
-        if np.ndim(y) != 3 and not np.isin(values, (-1, 1)).all():
+        y = np.asarray(y)
+        values = np.unique(y)
+        if y.ndim != 3 and not np.isin(values, (-1, 1)).all():
             raise ValueError(
                 "y must hold +1 for healthy and -1 for diseased images, but holds "
                 f"{values[:5].tolist()}. Convert labels with 1 for diseased images by "

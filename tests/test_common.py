@@ -13,6 +13,7 @@ import torch
 from sklearn.base import TransformerMixin, clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
+from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import check_estimator
 
 import skanomaly
@@ -34,6 +35,23 @@ SETTINGS = {
     "VariationalAutoencoder": [
         {"code_size": 8, "width": 4, "batch_size": 8, **TRAINED_BRIEFLY}
     ],
+    "DeScarGAN": [{"width": 4, "critic_width": 4, "n_critic": 1, **TRAINED_BRIEFLY}],
+    "DifferNet": [
+        {
+            "backbone": "shufflenet_v2_x0_5",
+            "layer": "stage2",
+            "weights": None,
+            "n_scales": 1,
+            "n_blocks": 2,
+            "hidden_features": 16,
+            "n_transforms_test": 4,
+            "standardize": True,
+            **TRAINED_BRIEFLY,
+        }
+    ],
+    "MemAE": [{"n_items": 8, "channels": (4, 8, 8), **TRAINED_BRIEFLY}],
+    "MNAD": [{"width": 4, **TRAINED_BRIEFLY}],
+    "PNet": [{"structure_epochs": 1, "width": 4, "critic_width": 4, **TRAINED_BRIEFLY}],
     "InTra": [
         {
             "patch_size": 4,
@@ -69,6 +87,8 @@ TINY_IMAGES = {
     # checks compare scores within 1e-7
     "Autoencoder": {"loss": "l2"},
     "DRAEM": {"reconstructive_width": 1, "discriminative_width": 2},
+    "DeScarGAN": {"width": 2, "critic_width": 2},
+    "PNet": {"width": 2, "critic_width": 1},
     "RIAD": {"cell_sizes": (1,), "n_masks": 2},
     "SCADN": {"stripes": (2,), "width": 1, "critic_width": 1},
     "InTra": {"patch_size": 1, "window_size": 1},
@@ -84,7 +104,19 @@ LEAVE_ONE_OUT = (
     "these call all 12 normal test images anomalous, leave-one-out scores 1 of 12"
 )
 
+ROUNDING = (
+    "compares scores within 1e-7, but those of images alone and in a batch differ by "
+    "the rounding of float32, and scores are relative to the narrow range of a few "
+    "random training images: differences of 3e-6 were seen"
+)
+WITHOUT_LABELS = "calls fit without labels, of which DeScarGAN learns"
+
 EXPECTED_FAILURES = {
+    "DeScarGAN": {
+        "check_outliers_train": WITHOUT_LABELS,
+        "check_outliers_fit_predict": WITHOUT_LABELS,
+    },
+    "MNAD": {"check_methods_subset_invariance": ROUNDING},
     "SPADE": {
         "check_outliers_train": LEAVE_ONE_OUT,
         "check_outliers_fit_predict": LEAVE_ONE_OUT,
@@ -114,14 +146,34 @@ def public_classes(base):
 
 
 DETECTORS = public_classes(BaseDetector)
+UNSUPERVISED = [cls for cls in DETECTORS if cls is not skanomaly.DeScarGAN]
 NETWORK_DETECTORS = public_classes(NetworkDetector)
 TRANSFORMERS = public_classes(TransformerMixin)
+
+
+class DeScarGANOfClasses(skanomaly.DeScarGAN):
+    """Takes the class labels that scikit-learn's checks make up."""
+
+    def _check_y(self, y, n_samples):
+        if y is not None:
+            y = np.where(np.ravel(np.asarray(y)) == np.min(np.asarray(y)), 1, -1)
+        return super()._check_y(y, n_samples)
+
+
+CHECKED_AS = {skanomaly.DeScarGAN: DeScarGANOfClasses}
 
 
 def small(cls, **parameters):
     """Return an estimator of small size with a fixed seed."""
     settings = {**SETTINGS[cls.__name__][0], **parameters}
     return cls(random_state=0, **settings)
+
+
+def labels_for(cls, n):
+    """Return labels of both classes for a detector that wants them, else None."""
+    if not get_tags(cls()).target_tags.required:
+        return None
+    return np.where(np.arange(n) % 2, -1, 1)
 
 
 def striped(n, size=32, channels=3, seed=0):
@@ -136,7 +188,7 @@ class FittedDetectors(dict):
     """One fitted detector of every class, by class, fitted when first asked for."""
 
     def __missing__(self, cls):
-        return self.setdefault(cls, small(cls).fit(striped(12)))
+        return self.setdefault(cls, small(cls).fit(striped(12), labels_for(cls, 12)))
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +241,7 @@ def test_scikit_learn_checks(cls, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = check_estimator(
-            cls(**settings).set_params(**tiny),
+            CHECKED_AS.get(cls, cls)(**settings).set_params(**tiny),
             expected_failed_checks=expected,
             on_skip=None,
             on_fail=None,
@@ -202,9 +254,8 @@ def test_scikit_learn_checks(cls, settings):
     assert not by_status.get("failed")
     # this one runs only where array API dispatch is switched on
     assert set(by_status.get("skipped", {})) <= {"check_array_api_input"}
-    assert set(by_status.get("xfail", {})) == set(expected), (
-        "an expected failure passed"
-    )
+    failed = {name for name in expected if expected[name] != ROUNDING}
+    assert failed <= set(by_status.get("xfail", {})), "an expected failure passed"
     kind = "detector" if issubclass(cls, BaseDetector) else "transformer"
     ran = sum(result["status"] != "skipped" for result in results)
     assert ran >= N_CHECKS.get(cls.__name__, N_CHECKS[kind])
@@ -232,14 +283,18 @@ def test_maps_are_high_where_anomalous(cls):
     mask = np.zeros((4, 32, 32), bool)
     mask[:, 8:20, 10:22] = True
     settings = {"max_epochs": 20} if issubclass(cls, NetworkDetector) else {}
-    maps = small(cls, **settings).fit(X).localize(defective)
+    y = labels_for(cls, 48)
+    if y is not None:
+        X[y == -1, 8:20, 10:22] = 255 - X[y == -1, 8:20, 10:22]
+    maps = small(cls, **settings).fit(X, y).localize(defective)
     assert pixel_roc_auc_score(mask, maps) > 0.65
 
 
 @pytest.mark.parametrize("cls", DETECTORS)
 def test_rows_are_images(cls):
     X = striped(8, channels=1)
-    by_image, by_row = small(cls).fit(X), small(cls).fit(X.reshape(8, -1))
+    y = labels_for(cls, 8)
+    by_image, by_row = small(cls).fit(X, y), small(cls).fit(X.reshape(8, -1), y)
     assert by_row.n_features_in_ == by_image.n_features_in_ == 32 * 32
     np.testing.assert_array_equal(
         by_image.localize(X[..., 0]), by_row.localize(X.reshape(8, -1))
@@ -258,11 +313,12 @@ def test_bytes_equal_fractions(cls, fitted):
 def test_seeds(cls):
     X = striped(8)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    first = small(cls).fit(X).score_samples(X)
+    y = labels_for(cls, 8)
+    first = small(cls).fit(X, y).score_samples(X)
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
-    np.testing.assert_array_equal(first, small(cls).fit(X).score_samples(X))
-    other = small(cls).set_params(random_state=1).fit(X).score_samples(X)
+    np.testing.assert_array_equal(first, small(cls).fit(X, y).score_samples(X))
+    other = small(cls).set_params(random_state=1).fit(X, y).score_samples(X)
     assert not np.array_equal(first, other)
 
 
@@ -295,10 +351,12 @@ def test_bfloat16_is_close(cls, fitted):
     other = pickle.loads(pickle.dumps(fitted[cls])).set_params(precision="bfloat16")
     found = other.score_samples(X)
     assert not np.array_equal(found, expected)
-    np.testing.assert_allclose(found, expected, rtol=0.2)
+    # scores of MNAD are relative to the range of the training images
+    atol = 0.5 if cls is skanomaly.MNAD else 0.0
+    np.testing.assert_allclose(found, expected, rtol=0.2, atol=atol)
 
 
-@pytest.mark.parametrize("cls", DETECTORS)
+@pytest.mark.parametrize("cls", UNSUPERVISED)
 def test_anomalous_images_are_left_out(cls):
     X = striped(12)
     X[:3] = 255
@@ -307,7 +365,7 @@ def test_anomalous_images_are_left_out(cls):
     np.testing.assert_array_equal(small(cls).fit(X, y).score_samples(X), expected)
 
 
-@pytest.mark.parametrize("cls", DETECTORS)
+@pytest.mark.parametrize("cls", UNSUPERVISED)
 def test_search_by_masks(cls):
     X = striped(16)
     masks = np.zeros((16, 32, 32), bool)
@@ -327,15 +385,15 @@ def test_search_by_masks(cls):
 
 @pytest.mark.parametrize("cls", DETECTORS)
 def test_a_refit_that_fails_leaves_no_thresholds(cls, monkeypatch):
-    X = striped(8)
-    detector = small(cls).fit(X)
+    X, y = striped(8), labels_for(cls, 8)
+    detector = small(cls).fit(X, y)
 
     def interrupt(*args):
         raise FloatingPointError("as if the training had failed")
 
     monkeypatch.setattr(cls, "_fit", interrupt)
     with pytest.raises(FloatingPointError):
-        detector.fit(X)
+        detector.fit(X, y)
     with pytest.raises(NotFittedError):
         detector.predict(X)
 
@@ -359,7 +417,7 @@ def test_a_file_loads_whatever_was_set_after_fit(cls, fitted):
 @pytest.mark.parametrize("cls", DETECTORS)
 def test_byte_like_fractions_warn(cls):
     with pytest.warns(UserWarning, match=r"X holds values up to 2.*lie in \[0, 1\]"):
-        small(cls).fit(striped(4).astype(np.int64))
+        small(cls).fit(striped(4).astype(np.int64), labels_for(cls, 4))
 
 
 @pytest.mark.parametrize("cls", DETECTORS)
@@ -371,15 +429,15 @@ def test_clones_are_unfitted(cls, fitted):
 
 @pytest.mark.parametrize("cls", NETWORK_DETECTORS)
 def test_warm_start_goes_on(cls):
-    X = striped(16)
-    detector = small(cls, warm_start=True, max_epochs=3).fit(X)
+    X, y = striped(16), labels_for(cls, 16)
+    detector = small(cls, warm_start=True, max_epochs=3).fit(X, y)
     first = detector.loss_curve_[:]
-    detector.fit(X)
+    detector.fit(X, y)
     assert detector.n_iter_ == 6
     assert detector.loss_curve_[:3] == first
     assert np.mean(detector.loss_curve_[3:]) < np.mean(first)
-    unpickled = pickle.loads(pickle.dumps(detector)).fit(X)
+    unpickled = pickle.loads(pickle.dumps(detector)).fit(X, y)
     assert unpickled.n_iter_ == 9
     with pytest.raises(ValueError, match="warm_start"):
-        detector.fit(X[:, :16])
+        detector.fit(X[:, :16], y)
     assert detector.localize(X).shape == X.shape[:3]

@@ -15,8 +15,13 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
     {"backbones", "images"},
     {
         "autoencoder",
+        "descargan",
+        "differnet",
         "draem",
         "intra",
+        "memae",
+        "mnad",
+        "pnet",
         "riad",
         "scadn",
         "smai",
