@@ -146,7 +146,7 @@ class PNet(NetworkDetector):
     max_epochs : int, default=800
         Largest number of passes over the training images to learn to rebuild them.
     learning_rate : float, default=1e-3
-        Learning rate of Adam, reduced to a tenth after 5, 10, 20 and 30 % of the
+        Learning rate of Adam, reduced to a tenth after 70 % and again after 90 % of the
         epochs. The critics have a tenth of it.
     batch_size : int, default=8
         Number of images a batch, in training and in prediction.
@@ -212,6 +212,8 @@ class PNet(NetworkDetector):
     - Edges are magnitudes of Sobel gradients after a Gaussian filter of one pixel, the
       largest over the channels, relative to their 0.98 quantile in the training
       images. Ridges are Sato's filter of the grey image, bright and dark.
+    - The learning rate falls as in the code for MVTec AD. That for retinas lets it
+      fall after 5, 10, 20 and 30 % of the epochs, which stops short trainings early.
     - The critic judges again after its own step.
     - Images are padded by replication to a multiple of 16 pixels.
 
@@ -507,7 +509,7 @@ class PNet(NetworkDetector):
 
 
 def _in_steps(optimizer, max_epochs):
-    milestones = [round(share * max_epochs) for share in (0.05, 0.1, 0.2, 0.3)]
+    milestones = [round(share * max_epochs) for share in (0.7, 0.9)]
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 
