@@ -346,13 +346,15 @@ class VariationalAutoencoder(_ReconstructionDetector):
 
     A network encodes normal images as Gaussian distributions of a short code, which are
     drawn towards the standard one, and rebuilds the images from samples of them. An
-    image is anomalous where it differs from what is rebuilt from its mean code.
+    image is anomalous where it differs from what is rebuilt.
 
     Parameters
     ----------
     divergence_weight : float, default=1.0
         Weight of the Kullback-Leibler divergence beside the squared error, summed over
         the pixels.
+    n_samples : int, default=6
+        Number of samples of the code over which residuals are averaged.
     code_size : int, default=100
         Length of the code. 500 is the choice for objects of 256 pixels.
     width : int, default=32
@@ -420,8 +422,11 @@ class VariationalAutoencoder(_ReconstructionDetector):
     Notes
     -----
     The network is that of `Autoencoder`, with two codes: means and logarithms of
-    variances. Residuals come from the mean code, so that scores are deterministic; the
-    paper on autoencoders averages over samples. Images and crops are treated as there.
+    variances. Residuals are averaged over samples, as in the paper on autoencoders. The
+    same ones are drawn for every image and every call after one fit, so that scores are
+    deterministic. (The mean code is no substitute: along coordinates that carry no
+    information it is zero, where the decoder was hardly ever trained.) Images and crops
+    are treated as there.
 
     On a processor, images of 64 pixels, ``code_size=32``, ``batch_size=16`` and
     ``learning_rate=1e-3`` are a good start.
@@ -444,12 +449,14 @@ class VariationalAutoencoder(_ReconstructionDetector):
     _parameter_constraints = {
         **_ReconstructionDetector._parameter_constraints,
         "divergence_weight": [Interval(Real, 0, None, closed="left")],
+        "n_samples": [Interval(Integral, 1, None, closed="left")],
     }
 
     def __init__(
         self,
         *,
         divergence_weight=1.0,
+        n_samples=6,
         code_size=100,
         width=32,
         patch_size=None,
@@ -468,6 +475,7 @@ class VariationalAutoencoder(_ReconstructionDetector):
         verbose=0,
     ):
         self.divergence_weight = divergence_weight
+        self.n_samples = n_samples
         self.code_size = code_size
         self.width = width
         self.patch_size = patch_size
@@ -490,19 +498,26 @@ class VariationalAutoencoder(_ReconstructionDetector):
 
     def _losses(self, network, batch):
         images = self._crop(batch.images)
-        means, log_variances = network.encode(images).float().chunk(2, dim=1)
-        # an early spike of the loss must not overflow the exponential
-        log_variances = log_variances.clamp(-20, 10)
+        means, log_variances = self._distributions(network, images)
         codes = means + torch.randn_like(means) * (log_variances / 2).exp()
         rebuilt = network.decode(codes, images.shape[-2:])
         divergence = gaussian_divergence(means, log_variances)
         loss = _squared_error(rebuilt, images) + self.divergence_weight * divergence
         yield network, loss.mean()
 
+    def _distributions(self, network, images):
+        """Return means and logarithms of the variances of the codes, (b, d) each."""
+        means, log_variances = network.encode(images).float().chunk(2, dim=1)
+        # an early spike of the loss must not overflow the exponential
+        return means, log_variances.clamp(-20, 10)
+
     def _residuals(self, images):
-        means, _ = self.network_.encode(images).chunk(2, dim=1)
-        rebuilt = self.network_.decode(means, images.shape[-2:])
-        return (images - rebuilt).square().mean(dim=1)
+        means, log_variances = self._distributions(self.network_, images)
+        draws = torch.randn(self.n_samples, 1, self.code_size).to(means.device)
+        codes = means + draws * (log_variances / 2).exp()  # (n_samples, b, d)
+        rebuilt = self.network_.decode(codes.flatten(0, 1), images.shape[-2:])
+        errors = (rebuilt.unflatten(0, (self.n_samples, -1)) - images).square()
+        return errors.mean(dim=(0, 2))
 
 
 def _squared_error(rebuilt, images):

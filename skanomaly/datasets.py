@@ -1,4 +1,4 @@
-"""Data sets for visual anomaly detection: one that is at hand, and a folder reader."""
+"""Data sets for visual anomaly detection: at hand, synthetic, or read from a folder."""
 
 from numbers import Integral
 from pathlib import Path
@@ -29,6 +29,22 @@ stain    a soft-edged spot that darkens or brightens the texture under it
 
 An opacity below 0.1 is set to 0, and a defect's mask is where its opacity is above 0:
 outside the mask an image is the photograph, unchanged to the last bit.
+"""
+
+MOVING_SHAPES_DESCR = """\
+Videos of moving shapes
+-----------------------
+Grey discs and squares move over a faint background that all videos share. Each keeps
+its velocity, passes in front of or behind the others and bounces off the borders.
+
+A test video has two intervals in which its foremost shape is anomalous, one in each
+half and of either kind first:
+
+fast     the shape moves five times as fast as before
+form     the shape is a cross
+
+Outside of these intervals test videos are made like training videos. A mask is where
+the anomalous shape is.
 """
 
 _TEXTURES = ("brick", "grass", "gravel")
@@ -370,3 +386,379 @@ def _read_mask(mask_file, image_file, size):
         for new, old in zip(size, mask.shape, strict=True)
     )
     return mask[np.ix_(rows, columns)]
+
+
+@validate_params(
+    {
+        "frames": ["array-like"],
+        "video": ["array-like", None],
+        "length": [Interval(Integral, 1, None, closed="left")],
+    },
+    prefer_skip_nested_validation=True,
+)
+def make_clips(frames, video=None, *, length=5):
+    """Cut videos into overlapping clips, one for each frame that ends one.
+
+    Parameters
+    ----------
+    frames : array-like of shape (N, H, W) or (N, H, W, C)
+        The frames of one video after the other.
+    video : array-like of shape (N,), default=None
+        For each frame, the number or name of its video. The frames of a video stand
+        together. None: there is one video.
+    length : int, default=5
+        Number T of frames a clip.
+
+    Returns
+    -------
+    clips : sklearn.utils.Bunch
+        With the attributes
+
+        clips : ndarray of shape (n, T, H, W, C)
+            A copy of all runs of T frames of one video, of the dtype of `frames`. It
+            takes T times the memory of `frames`. Grey frames get C = 1.
+        last : ndarray of shape (n,)
+            Index in `frames` of the last frame of each clip.
+        video : ndarray of shape (n,)
+            Number or name of the video of each clip.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit, if the frames of a video do not stand together, or if
+        all videos are shorter than `length`.
+
+    See Also
+    --------
+    skanomaly.metrics.frame_roc_auc_score : Score the frames that end a clip.
+
+    Notes
+    -----
+    The first T - 1 frames of a video end no clip, and a video of fewer than T frames
+    has none. ``y[clips.last]`` are the labels of the frames that do.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skanomaly.datasets import make_clips
+    >>> clips = make_clips(np.zeros((7, 32, 32)), [0, 0, 0, 0, 1, 1, 1], length=3)
+    >>> clips.clips.shape
+    (3, 3, 32, 32, 1)
+    >>> clips.last, clips.video
+    (array([2, 3, 6]), array([0, 0, 1]))
+    """
+    frames = np.asarray(frames)
+    if frames.ndim not in (3, 4):
+        raise ValueError(
+            f"frames must have shape (N, H, W) or (N, H, W, C), got {frames.shape}."
+        )
+    n = len(frames)
+    video = np.zeros(n, int) if video is None else np.asarray(video)
+    if video.shape != (n,):
+        raise ValueError(
+            f"video must hold a number or name for each of the {n} frames, got an "
+            f"array of shape {video.shape}."
+        )
+    starts = np.flatnonzero(np.r_[n > 0, video[1:] != video[:-1]])
+    names, n_runs = np.unique(video[starts], return_counts=True)
+    if (n_runs > 1).any():
+        raise ValueError(
+            "The frames of a video must stand together, but those of video "
+            f"{names[n_runs.argmax()]!s} form {n_runs.max()} separate runs."
+        )
+    lengths = np.diff(starts, append=n)
+    position = np.arange(n) - np.repeat(starts, lengths)
+    last = np.flatnonzero(position >= length - 1)
+    if not last.size:
+        raise ValueError(
+            f"There is no clip of length={length} frames: the longest video has "
+            f"{lengths.max(initial=0)}."
+        )
+    if frames.ndim == 3:
+        frames = frames[..., None]
+    clips = frames[last[:, None] + np.arange(1 - length, 1)]
+    return Bunch(clips=clips, last=last, video=video[last])
+
+
+@validate_params(
+    {
+        "n_videos_train": [Interval(Integral, 1, None, closed="left")],
+        "n_videos_test": [Interval(Integral, 1, None, closed="left")],
+        "n_frames": [Interval(Integral, 20, None, closed="left")],
+        "n_shapes": [Interval(Integral, 1, None, closed="left")],
+        "size": [Interval(Integral, 32, 256, closed="both")],
+        "random_state": ["random_state"],
+    },
+    prefer_skip_nested_validation=True,
+)
+def make_moving_shapes(
+    *,
+    n_videos_train=8,
+    n_videos_test=8,
+    n_frames=60,
+    n_shapes=3,
+    size=64,
+    random_state=0,
+):
+    """Make videos of slowly moving shapes, with a fast or strange one now and then.
+
+    Parameters
+    ----------
+    n_videos_train : int, default=8
+        Number of training videos, all normal.
+    n_videos_test : int, default=8
+        Number of test videos. Each has one interval with a fast shape and one with a
+        shape of another form.
+    n_frames : int, default=60
+        Number of frames a video, 20 or more.
+    n_shapes : int, default=3
+        Number of shapes in a video.
+    size : int, default=64
+        Height and width of the frames in pixels, from 32 to 256. Shapes and velocities
+        scale with it.
+    random_state : int, RandomState instance or None, default=0
+        Draws background, shapes and intervals. Pass an int for the same videos in every
+        call.
+
+    Returns
+    -------
+    data : sklearn.utils.Bunch
+        With the attributes
+
+        frames_train : ndarray of shape (n_videos_train * n_frames, size, size, 1)
+            Training frames, uint8, one video after the other.
+        video_train : ndarray of shape (n_videos_train * n_frames,)
+            Number of the video of each training frame.
+        frames_test : ndarray of shape (n_videos_test * n_frames, size, size, 1)
+            Test frames, uint8.
+        video_test : ndarray of shape (n_videos_test * n_frames,)
+            Number of the video of each test frame.
+        y_test : ndarray of shape (n_videos_test * n_frames,)
+            +1 for normal and -1 for anomalous frames.
+        masks_test : ndarray of shape (n_videos_test * n_frames, size, size)
+            True where anomalous.
+        anomaly_test : ndarray of shape (n_videos_test * n_frames,)
+            "good", "fast" or "form".
+        DESCR : str
+            How the videos are made.
+
+    See Also
+    --------
+    make_clips : Cut the videos into clips.
+
+    Examples
+    --------
+    >>> from skanomaly.datasets import make_moving_shapes
+    >>> data = make_moving_shapes(n_videos_train=2, n_videos_test=3)
+    >>> data.frames_train.shape, data.frames_test.shape
+    ((120, 64, 64, 1), (180, 64, 64, 1))
+    >>> sorted(set(data.anomaly_test.tolist()))
+    ['fast', 'form', 'good']
+    """
+    rng = check_random_state(random_state)
+    grid = np.mgrid[:size, :size] / size
+    background = 40 + 8 * (_waves(rng, *grid) + _waves(rng, *grid))
+    normal = np.full(n_frames, "good")
+    train = [
+        _shapes_video(rng, background, n_shapes, normal)[0]
+        for _ in range(n_videos_train)
+    ]
+    anomalies = [_intervals(rng, n_frames) for _ in range(n_videos_test)]
+    test, masks = zip(
+        *(_shapes_video(rng, background, n_shapes, kinds) for kinds in anomalies),
+        strict=True,
+    )
+    anomalies = np.concatenate(anomalies)
+    return Bunch(
+        frames_train=np.concatenate(train)[..., None],
+        video_train=np.repeat(np.arange(n_videos_train), n_frames),
+        frames_test=np.concatenate(test)[..., None],
+        video_test=np.repeat(np.arange(n_videos_test), n_frames),
+        y_test=np.where(anomalies == "good", 1, -1),
+        masks_test=np.concatenate(masks),
+        anomaly_test=anomalies,
+        DESCR=MOVING_SHAPES_DESCR,
+    )
+
+
+def _waves(rng, y, x):
+    """Return waves around a point, in [-1, 1]; lengths are fractions of the side."""
+    distance = np.hypot(y - rng.uniform(), x - rng.uniform())
+    return np.cos(2 * np.pi * (rng.uniform(3, 5) * distance + rng.uniform()))
+
+
+def _intervals(rng, n_frames):
+    """Name the anomaly of each frame of a video: one in each half."""
+    kinds, half = np.full(n_frames, "good"), n_frames // 2
+    for begin, kind in zip((0, half), rng.permutation(["fast", "form"]), strict=True):
+        length = rng.randint(n_frames // 6, n_frames // 4)
+        start = begin + rng.randint(2, half - length)
+        kinds[start : start + length] = kind
+    return kinds
+
+
+def _shapes_video(rng, background, n_shapes, kinds):
+    """Return frames (n, size, size) and masks of the anomalies named for each frame."""
+    frames = np.repeat(background[None], len(kinds), axis=0)
+    normal = np.full(len(kinds), "good")
+    for kinds_of_shape in [normal] * (n_shapes - 1) + [kinds]:
+        opacity, level = _moving_shape(rng, len(background), kinds_of_shape)
+        frames += opacity * (level - frames)
+    masks = (opacity > 0) & (kinds != "good")[:, None, None]
+    return np.rint(frames).astype(np.uint8), masks
+
+
+def _moving_shape(rng, size, kinds):
+    """Return a shape's opacity (n, size, size) and grey level."""
+    radius, level = size * rng.uniform(0.07, 0.11), rng.uniform(130, 230)
+    speed, direction = size * rng.uniform(0.008, 0.016), rng.uniform(0, 2 * np.pi)
+    velocity = speed * np.array([np.sin(direction), np.cos(direction)])
+    # folding the path of a shape that nothing holds makes it bounce off the borders
+    span = size - 1 - 2 * radius
+    n_steps = np.cumsum(np.where(kinds == "fast", 5, 1))
+    path = rng.uniform(0, 2 * span, 2) + n_steps[:, None] * velocity
+    centres = radius + np.abs(path % (2 * span) - span)
+    y, x = np.abs(np.mgrid[:size, :size] - centres[:, :, None, None]).swapaxes(0, 1)
+    form = (_disc, _square)[rng.randint(2)]
+    reach = np.where((kinds == "form")[:, None, None], _cross(y, x), form(y, x))
+    return np.clip(radius - reach + 0.5, 0, 1), level
+
+
+def _disc(y, x):
+    return np.hypot(y, x)
+
+
+def _square(y, x):
+    return np.maximum(y, x)
+
+
+def _cross(y, x):
+    return np.maximum(np.maximum(y, x), 3 * np.minimum(y, x))
+
+
+@validate_params(
+    {
+        "n_train": [Interval(Integral, 2, None, closed="left")],
+        "n_test": [Interval(Integral, 2, None, closed="left")],
+        "size": [Interval(Integral, 32, 256, closed="both")],
+        "random_state": ["random_state"],
+    },
+    prefer_skip_nested_validation=True,
+)
+def make_ellipses(*, n_train=400, n_test=80, size=64, random_state=0):
+    """Make images of two elliptic contours, one of them shrunk in diseased images.
+
+    For methods that learn from labels. The healthy version of every test image is
+    known.
+
+    Parameters
+    ----------
+    n_train : int, default=400
+        Number of training images. Every second one is diseased.
+    n_test : int, default=80
+        Number of test images. Every second one is diseased.
+    size : int, default=64
+        Height and width of the images in pixels, from 32 to 256.
+    random_state : int, RandomState instance or None, default=0
+        Draws backgrounds and contours. Pass an int for the same images in every call.
+
+    Returns
+    -------
+    data : sklearn.utils.Bunch
+        With the attributes
+
+        X_train : ndarray of shape (n_train, size, size, 1)
+            Training images, uint8.
+        y_train : ndarray of shape (n_train,)
+            +1 for healthy and -1 for diseased images.
+        X_test : ndarray of shape (n_test, size, size, 1)
+            Test images, uint8.
+        y_test : ndarray of shape (n_test,)
+            +1 for healthy and -1 for diseased images.
+        healthy_test : ndarray of shape (n_test, size, size, 1)
+            Healthy versions of the test images, uint8.
+        differences_test : ndarray of shape (n_test, size, size)
+            Test images minus their healthy versions, where the grey levels from black
+            to white span 1.
+        masks_test : ndarray of shape (n_test, size, size)
+            True where a difference exceeds 0.221 in either direction, which is half of
+            the 0.44195 that the reference takes for grey levels from -1 to 1.
+
+    Notes
+    -----
+    After the synthetic set of [1]_. The background is the mean of two concentric waves.
+    On it lie the contour of a large ellipse and, inside of that, of a small one. In a
+    diseased image the small contour is shrunk: what is shown at a point is taken from
+    the point displaced by the negative gradient of a Gaussian around the contour's
+    centre. Displacements measure at most a twentieth of the image's width.
+
+    Training images are not paired: a healthy and a diseased image differ in background
+    and ellipses, too. Grey levels of both classes are scaled alike, and not image by
+    image, so that they do not tell the classes apart.
+
+    References
+    ----------
+    .. [1] J. Wolleb, R. Sandkühler, P. Cattin. "DeScarGAN: disease-specific anomaly
+       detection with weak supervision". MICCAI 2020. arXiv 2007.14118.
+
+    Examples
+    --------
+    >>> from skanomaly.datasets import make_ellipses
+    >>> data = make_ellipses(n_train=10, n_test=4)
+    >>> data.X_train.shape, data.y_test
+    ((10, 64, 64, 1), array([ 1, -1,  1, -1]))
+    >>> data.masks_test.any(axis=(1, 2))
+    array([False,  True, False,  True])
+    """
+    rng = check_random_state(random_state)
+    y_train, y_test = (np.where(np.arange(n) % 2, -1, 1) for n in (n_train, n_test))
+    X_train, _ = _ellipse_images(rng, y_train, size)
+    X_test, healthy = _ellipse_images(rng, y_test, size)
+    differences = (X_test.astype(np.float32) - healthy)[..., 0] / 255
+    return Bunch(
+        X_train=X_train,
+        y_train=y_train,
+        X_test=X_test,
+        y_test=y_test,
+        healthy_test=healthy,
+        differences_test=differences,
+        masks_test=np.abs(differences) > 0.44195 / 2,
+    )
+
+
+def _ellipse_images(rng, labels, size):
+    """Return images (n, size, size, 1) and their healthy versions, uint8."""
+    grid = (np.mgrid[:size, :size] + 0.5) / size
+    images, healthy = np.empty((2, len(labels), size, size, 1), np.uint8)
+    for image, healthy_image, label in zip(images, healthy, labels, strict=True):
+        background = 70 + 25 * (_waves(rng, *grid) + _waves(rng, *grid))
+        offsets = grid - rng.uniform(0.42, 0.58, (2, 1, 1))
+        large = _contour(offsets, rng.uniform(0.3, 0.4, 2), rng.uniform(0, np.pi))
+        offsets = offsets - rng.uniform(-0.07, 0.07, (2, 1, 1))
+        axes = rng.uniform(0.85, 1.15) * np.array([40, 20]) / 256
+        angle = rng.uniform(0, np.pi)
+        small = _contour(offsets, axes, angle)
+        shrunk = _contour(_displaced(offsets), axes, angle)
+        for result, inner in (
+            (healthy_image, small),
+            (image, small if label == 1 else shrunk),
+        ):
+            opacity = np.maximum(large, inner)
+            result[..., 0] = np.rint(background + opacity * (220 - background))
+    return images, healthy
+
+
+def _contour(offsets, axes, angle):
+    """Return the opacity of an ellipse's contour; lengths are fractions of the side."""
+    sine, cosine = np.sin(angle), np.cos(angle)
+    y, x = np.tensordot([[cosine, sine], [-sine, cosine]], offsets, axes=1)
+    slope = 2 * np.hypot(y / axes[0] ** 2, x / axes[1] ** 2)
+    level = (y / axes[0]) ** 2 + (x / axes[1]) ** 2 - 1
+    distance = np.abs(level) / np.maximum(slope, 1e-9)
+    return np.clip((2.5 / 256 - distance) * offsets.shape[-1] + 0.5, 0, 1)
+
+
+def _displaced(offsets, sigma=0.095, largest=0.05):
+    """Follow the negative gradient of a Gaussian, which is steepest at sigma."""
+    distance = np.hypot(*offsets) / sigma
+    return offsets * (1 + largest / sigma * np.exp((1 - distance**2) / 2))

@@ -1,8 +1,9 @@
 """Exact metrics of anomaly localization.
 
-Every score here is a mean or a maximum over the anomalous pixels: each of them asks how
-many normal pixels of the whole set lie above its own value. One sort of the pixels
-answers that for every threshold that matters, so that no grid of thresholds is needed.
+Every score here is a mean or a maximum over the anomalous pixels, or frames: each of
+them asks how many normal ones of the whole set lie above its own value. One sort of the
+values answers that for every threshold that matters, so that no grid of thresholds is
+needed.
 """
 
 import math
@@ -60,9 +61,7 @@ def pixel_roc_auc_score(masks, maps):
     0.875
     """
     masks, maps = _check_masks_and_maps(masks, maps, ndim=3)
-    normal, anomalous = _sorted_values(masks, maps)
-    n_false_positives = _n_above(normal, anomalous) + _n_at_least(normal, anomalous)
-    return float(1 - n_false_positives.mean() / (2 * normal.size))
+    return _roc_auc(masks, maps)
 
 
 def pixel_average_precision_score(masks, maps):
@@ -240,6 +239,90 @@ def f1_max(masks, maps):
     return float(np.max(2 * n_true_positives / (n_positives + anomalous.size)))
 
 
+def frame_roc_auc_score(y_true, scores, video):
+    """Area under the ROC curve over all frames, with scores normalized in each video.
+
+    Parameters
+    ----------
+    y_true : array-like of shape (n,)
+        +1 for normal and -1 for anomalous frames.
+    scores : array-like of shape (n,)
+        Anomaly scores, high where a frame looks anomalous: of a fitted detector,
+        ``-detector.score_samples(X)``.
+    video : array-like of shape (n,)
+        For each frame, the number or name of its video.
+
+    Returns
+    -------
+    score : float
+        Probability that an anomalous frame has a higher normalized score than a normal
+        one, where equal values count one half.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, the labels are not +1 and -1, the scores are not finite,
+        a video has no number or name, or there is no anomalous or no normal frame.
+
+    See Also
+    --------
+    skanomaly.datasets.make_clips : The frames that end a clip, and their videos.
+    sklearn.metrics.roc_auc_score : Compares the scores as they are.
+
+    Notes
+    -----
+    Scores are scaled to [0, 1] within each video, by its own minimum and maximum; those
+    of a video of equal scores become 0. The frames of all videos then share one curve,
+    as in [1]_ and [2]_. The scaling needs whole videos and gives every video a
+    score of 1 somewhere, even one that has nothing anomalous: the area is not that of a
+    detector that sees one frame after the other.
+
+    References
+    ----------
+    .. [1] D. Gong et al., "Memorizing normality to detect anomaly: memory-augmented
+       deep autoencoder for unsupervised anomaly detection", ICCV 2019.
+       arXiv 1904.02639.
+
+    .. [2] H. Park, J. Noh and B. Ham, "Learning memory-guided normality for anomaly
+       detection", CVPR 2020, pp. 14372-14381. arXiv 2003.13228.
+
+    Examples
+    --------
+    >>> from skanomaly.metrics import frame_roc_auc_score
+    >>> y_true = [1, 1, -1, 1, -1, 1]
+    >>> scores = [0.1, 0.2, 0.3, 5.0, 9.0, 6.0]
+    >>> frame_roc_auc_score(y_true, scores, [0, 0, 0, 1, 1, 1])
+    1.0
+    """
+    y_true, scores, video = map(np.asarray, (y_true, scores, video))
+    if y_true.ndim != 1 or not y_true.shape == scores.shape == video.shape:
+        raise ValueError(
+            "y_true, scores and video must have the same shape (n,), got "
+            f"{y_true.shape}, {scores.shape} and {video.shape}."
+        )
+    if not np.isin(y_true, (-1, 1)).all():
+        raise ValueError(
+            "y_true must hold +1 for normal and -1 for anomalous frames, got values "
+            f"such as {np.unique(y_true)[:5]}."
+        )
+    if scores.dtype.kind not in "biuf":
+        raise ValueError(f"scores must hold real numbers, got {scores.dtype}.")
+    if not np.isfinite(scores).all():
+        raise ValueError("scores must be finite, got NaN or infinity.")
+    if (video != video).any():
+        raise ValueError("video must hold a number or name for each frame, got NaN.")
+    for label, kind in ((-1, "an anomalous"), (1, "a normal")):
+        if label not in y_true:
+            raise ValueError(f"y_true must contain {kind} frame, got none.")
+    normalized = np.zeros(len(scores))
+    for name in np.unique(video):
+        rows = video == name
+        shifted = scores[rows].astype(np.float64)
+        shifted -= shifted.min()
+        normalized[rows] = shifted / (shifted.max() or 1)
+    return _roc_auc(y_true == -1, normalized)
+
+
 def make_localization_scorer(score_func, **kwargs):
     """Make a scorer of anomaly maps for cross-validation and searches.
 
@@ -353,6 +436,12 @@ def _sorted_values(masks, maps):
     normal.sort()
     anomalous.sort()
     return normal, anomalous
+
+
+def _roc_auc(masks, maps):
+    normal, anomalous = _sorted_values(masks, maps)
+    n_false_positives = _n_above(normal, anomalous) + _n_at_least(normal, anomalous)
+    return float(1 - n_false_positives.mean() / (2 * normal.size))
 
 
 def _n_above(values, thresholds):

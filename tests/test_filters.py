@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from skanomaly.filters import gaussian_blur, mean_filter, prewitt
+from skanomaly.filters import gaussian_blur, mean_filter, prewitt, scaled_size
 
 SIZES = [(12, 12), (9, 14), (5, 3), (1, 2)]
 
@@ -125,3 +125,30 @@ def test_autocast_does_not_lower_the_precision(function):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(function(images), expected)
         assert function(images.bfloat16()).dtype == torch.float32
+
+
+def test_mean_filter_without_padding_averages_the_pixels_inside():
+    images = torch.rand(2, 7, 9, generator=torch.Generator().manual_seed(0))
+    found = mean_filter(images, 5, padding="none")
+    for row in range(7):
+        for column in range(9):
+            window = images[
+                :, max(0, row - 2) : row + 3, max(0, column - 2) : column + 3
+            ]
+            torch.testing.assert_close(found[:, row, column], window.mean(dim=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("size", "sides", "expected"),
+    [
+        (21, (256, 256), 21),
+        (21, (256, 512), 21),
+        (21, (128, 128), 11),
+        (21, (64, 64), 5),
+        (11, (64, 64), 3),
+        (21, (1, 2), 1),
+        (1, (64, 64), 1),
+    ],
+)
+def test_filters_scale_with_the_images(size, sides, expected):
+    assert scaled_size(size, torch.empty(1, *sides)) == expected

@@ -5,7 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from skanomaly.losses import focal_loss, gms_map, msgms_loss, ssim_loss, ssim_map
+from skanomaly.losses import (
+    focal_loss,
+    gaussian_divergence,
+    gms_map,
+    msgms_loss,
+    msgms_map,
+    ssim_loss,
+    ssim_map,
+)
 
 
 def random_pair(*shape, dtype=torch.float64):
@@ -206,3 +214,52 @@ def test_focal_loss_keeps_its_precision_under_autocast():
         assert focal_loss(logits.bfloat16(), targets).dtype == torch.float32
         inside = focal_loss(logits, targets)
     assert torch.equal(inside, focal_loss(logits, targets))
+
+
+def test_msgms_map_averages_levels_that_are_interpolated():
+    x, y = random_pair(2, 3, 16, 24, dtype=torch.float32)
+    expected = 0
+    levels = (x, y)
+    for _ in range(3):
+        level = gms_map(*levels).mean(dim=1, keepdim=True)
+        expected = expected + F.interpolate(level, (16, 24), mode="bilinear")[:, 0] / 3
+        levels = [F.avg_pool2d(image, 2) for image in levels]
+    torch.testing.assert_close(msgms_map(x, y, n_scales=3), expected)
+    # without interpolation errors its mean is the loss
+    torch.testing.assert_close(
+        1 - msgms_map(x, y, n_scales=1).mean(), msgms_loss(x, y, n_scales=1)
+    )
+
+
+def test_msgms_of_lines_and_pixels():
+    x, y = random_pair(1, 1, 1, 5, dtype=torch.float32)
+    assert msgms_map(x, y).shape == (1, 1, 5)
+    assert torch.isfinite(msgms_loss(x, y))
+
+
+def test_reflection_keeps_a_frame_out_of_the_map():
+    image = torch.rand(1, 1, 24, 24)
+    other = image**2
+    mirrored = torch.cat([image.flip(3), image, image.flip(3)], dim=3)
+    mirrored = torch.cat([mirrored.flip(2), mirrored, mirrored.flip(2)], dim=2)
+    expected = ssim_map(mirrored, mirrored**2)[..., 24:48, 24:48]
+    found = ssim_map(image, other, padding="reflect")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ssim_map(image, other), expected, atol=1e-2)
+
+
+def test_ssim_constants():
+    x, y = random_pair(1, 1, 16, 16)
+    np.testing.assert_allclose(
+        ssim_map(x, y, constants=(4e-4, 36e-4)), ssim_map(x / 2, y / 2), rtol=1e-9
+    )
+
+
+def test_gaussian_divergence():
+    means, log_variances = random_pair(4, 6)
+    normal = torch.distributions.Normal(means, (log_variances / 2).exp())
+    standard = torch.distributions.Normal(0.0, 1.0)
+    expected = torch.distributions.kl_divergence(normal, standard).sum(dim=1)
+    torch.testing.assert_close(gaussian_divergence(means, log_variances), expected)
+    assert (expected > 0).all()
+    assert not gaussian_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).any()

@@ -308,3 +308,168 @@ def test_networks_compute_in_bfloat16_and_losses_in_float32():
         (torch.bfloat16, torch.float32),
         torch.bfloat16,
     ]
+
+
+# The early stop
+
+
+def seen_and_held_out(n, **settings):
+    """Return what a training sees in training mode and in evaluation mode, by epoch."""
+    seen, held_out = [], []
+
+    def losses(network, batch):
+        draw = torch.rand(()).item()
+        (seen if network.training else held_out).append((numbers_of(batch), draw))
+        yield from mean_loss(network, batch)
+
+    curve = []
+    fit(
+        Scale(),
+        constant_images(n),
+        losses,
+        validation_curve=curve,
+        **{"batch_size": 100, "max_epochs": 4, **settings},
+    )
+    return seen, held_out, curve
+
+
+def test_held_out_images_are_never_trained_on():
+    seen, held_out, curve = seen_and_held_out(
+        10, n_iter_no_change=4, validation_fraction=0.3
+    )
+    assert len(seen) == len(held_out) == len(curve) == 4
+    assert len({tuple(rows) for rows, _ in held_out}) == 1
+    rows = held_out[0][0]
+    assert len(rows) == 3
+    for trained, _ in seen:
+        assert sorted(trained + rows) == list(range(10))
+    # the validation draws the same each time, the training does not
+    assert len({draw for _, draw in held_out}) == 1
+    assert len({draw for _, draw in seen}) == 4
+
+
+def test_another_seed_holds_out_other_images():
+    first, second = (
+        seen_and_held_out(50, n_iter_no_change=1, max_epochs=1, seed=seed)[1][0][0]
+        for seed in (0, 1)
+    )
+    assert first != second
+
+
+def test_without_an_early_stop_all_images_are_trained_on():
+    seen, held_out, curve = seen_and_held_out(10)
+    assert all(sorted(rows) == list(range(10)) for rows, _ in seen)
+    assert held_out == curve == []
+
+
+def scripted(values):
+    """Return losses whose validation loss follows a list of values."""
+    values = iter(values)
+
+    def losses(network, batch):
+        if network.training:
+            yield from mean_loss(network, batch)
+        else:
+            yield network, network.weight.detach() * 0 + next(values)
+
+    return losses
+
+
+def test_training_stops_and_goes_back_to_the_best_weights():
+    network, weights = Scale(), []
+    script = scripted([3.0, 1.0, 2.0, 1.0, 2.0, 0.5])
+
+    def losses(network, batch):
+        if not network.training:
+            weights.append(network.weight.item())
+        yield from script(network, batch)
+
+    validation = []
+    _, curve = fit(
+        network,
+        constant_images(10),
+        losses,
+        max_epochs=20,
+        n_iter_no_change=2,
+        validation_curve=validation,
+    )
+    assert validation == [3.0, 1.0, 2.0, 1.0]  # an equal loss is no lower one
+    assert len(curve) == 4
+    assert len(set(weights)) == 4
+    assert network.weight.item() == weights[1]
+    assert not network.training
+
+
+def test_an_interrupt_goes_back_to_the_best_weights():
+    network, weights = Scale(), []
+
+    def losses(network, batch):
+        if not network.training:
+            weights.append(network.weight.item())
+            yield network, network.weight.detach() * 0 + float(len(weights))
+        elif len(weights) == 3:
+            raise KeyboardInterrupt
+        else:
+            yield from mean_loss(network, batch)
+
+    with pytest.warns(UserWarning, match="interrupted after 3 epochs"):
+        fit(network, constant_images(10), losses, max_epochs=9, n_iter_no_change=5)
+    assert network.weight.item() == weights[0]
+
+
+def test_validation_takes_the_last_loss_and_no_step():
+    network, validation = Scale(), []
+
+    def losses(network, batch):
+        yield network, (network.weight - 1) ** 2 + 5
+        yield network, (network.weight - 1) ** 2
+
+    fit(
+        network,
+        constant_images(10),
+        losses,
+        max_epochs=3,
+        n_iter_no_change=3,
+        validation_curve=validation,
+    )
+    assert all(value < 5 for value in validation)
+
+
+def test_validation_leaves_batch_statistics_alone():
+    images = torch.rand(10, 1, 2, 2)
+
+    def losses(network, batch):
+        yield network, (network.norm(batch.images) * network.weight).mean()
+
+    counts = []
+    for n_iter_no_change in (None, 3):
+        network = Scale()
+        fit(
+            network,
+            images,
+            losses,
+            max_epochs=3,
+            batch_size=100,
+            n_iter_no_change=n_iter_no_change,
+        )
+        counts.append(int(network.norm.num_batches_tracked))
+    assert counts[0] == 3
+    assert counts[1] <= 3
+
+
+def test_too_few_images_to_hold_one_out():
+    with pytest.raises(ValueError, match=r"n_samples = 2 .*n_iter_no_change=None"):
+        fit(Scale(), constant_images(2), mean_loss, n_iter_no_change=1)
+
+
+def test_a_step_differentiates_for_its_part_only():
+    first, second = Scale(), Scale()
+    second.weight.data.fill_(1.0)
+    network = nn.ModuleList([first, second])
+
+    def losses(network, batch):
+        yield first, (first.weight * second.weight - 1) ** 2
+        assert second.weight.grad is None
+
+    fit(network, constant_images(4), losses, max_epochs=2)
+    assert first.weight.item() != 0
