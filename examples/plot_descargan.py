@@ -38,8 +38,8 @@ detector = DeScarGAN(
 detector.fit(data.X_train, data.y_train)
 
 # %%
-# The score of an image is the probability of the diseased class. The maps are the
-# differences between the images and their healthy versions; here the true ones are known.
+# The score of an image is the probability of the diseased class. Maps are differences
+# between images and their healthy versions; here the true versions are known.
 
 scores = detector.score_samples(data.X_test)
 maps = detector.localize(data.X_test)

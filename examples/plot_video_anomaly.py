@@ -20,8 +20,8 @@ from skanomaly.metrics import frame_roc_auc_score, pixel_roc_auc_score
 data = make_moving_shapes()
 
 # %%
-# A clip is five frames: four that the network sees and one that it predicts. Clips never
-# run from one video into the next. ``last`` tells which frame a clip ends with, and so
+# A clip is five frames: four that the network sees and one that it predicts. No clip
+# runs from one video into the next. ``last`` tells which frame a clip ends with, and so
 # which label and mask belong to it.
 
 train = make_clips(data.frames_train, data.video_train, length=5)

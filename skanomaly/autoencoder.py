@@ -513,7 +513,7 @@ class VariationalAutoencoder(_ReconstructionDetector):
 
     def _residuals(self, images):
         means, log_variances = self._distributions(self.network_, images)
-        draws = torch.randn(self.n_samples, 1, self.code_size).to(means.device)
+        draws = torch.randn(self.n_samples, 1, means.shape[1]).to(means.device)
         codes = means + draws * (log_variances / 2).exp()  # (n_samples, b, d)
         rebuilt = self.network_.decode(codes.flatten(0, 1), images.shape[-2:])
         errors = (rebuilt.unflatten(0, (self.n_samples, -1)) - images).square()

@@ -165,7 +165,8 @@ def test_overlapping_patches_cover_the_image_and_are_averaged(cls, height, width
         return [*places, side - patch]
 
     sums, counts = np.zeros((2, height, width)), np.zeros((height, width))
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(model._seed)
         for top in starts(height, high):
             for left in starts(width, wide):
                 place = (..., slice(top, top + high), slice(left, left + wide))

@@ -105,9 +105,8 @@ LEAVE_ONE_OUT = (
 )
 
 ROUNDING = (
-    "compares scores within 1e-7, but those of images alone and in a batch differ by "
-    "the rounding of float32, and scores are relative to the narrow range of a few "
-    "random training images: differences of 3e-6 were seen"
+    "compares scores within 1e-7; those of an image in other batches differ by the "
+    "rounding of float32, of which relative differences up to 3e-6 were seen"
 )
 WITHOUT_LABELS = "calls fit without labels, of which DeScarGAN learns"
 
@@ -117,6 +116,10 @@ EXPECTED_FAILURES = {
         "check_outliers_fit_predict": WITHOUT_LABELS,
     },
     "MNAD": {"check_methods_subset_invariance": ROUNDING},
+    "VariationalAutoencoder": {
+        "check_methods_sample_order_invariance": ROUNDING,
+        "check_methods_subset_invariance": ROUNDING,
+    },
     "SPADE": {
         "check_outliers_train": LEAVE_ONE_OUT,
         "check_outliers_fit_predict": LEAVE_ONE_OUT,

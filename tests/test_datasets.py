@@ -1,4 +1,4 @@
-"""Textures against their photographs, and folders in MVTec's layout."""
+"""Textures against their photographs, synthetic sets, and folders in MVTec's layout."""
 
 import shutil
 import socket
@@ -10,7 +10,13 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 from skimage import data
 
-from skanomaly.datasets import load_mvtec, load_textures
+from skanomaly.datasets import (
+    load_mvtec,
+    load_textures,
+    make_clips,
+    make_ellipses,
+    make_moving_shapes,
+)
 
 KINDS = ["hole", "patch", "scratch", "stain"]
 
@@ -222,6 +228,215 @@ def test_mvtec_sizes_must_agree_between_training_and_test(root):
     save(root / "cork/test/good/0.bmp", np.zeros((9, 9, 3), np.uint8))
     with pytest.raises(ValueError, match=r"0\.bmp.*\(9, 9\)"):
         load_mvtec(root, "cork")
+
+
+# make_clips
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+@pytest.mark.parametrize("channels", [(), (3,)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_clips_equal_slow_reference(length, channels, dtype):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (12, 4, 3, *channels)).astype(dtype)
+    video = np.array(["b"] * 5 + ["a"] * 2 + ["c"] * 5)
+    expected, last = [], []
+    for i in range(12):
+        frame_numbers = range(i - length + 1, i + 1)
+        if frame_numbers[0] >= 0 and {video[j] for j in frame_numbers} == {video[i]}:
+            expected.append([frames[j].reshape(4, 3, -1) for j in frame_numbers])
+            last.append(i)
+
+    clips = make_clips(frames, video, length=length)
+    assert_array_equal(clips.clips, expected)
+    assert clips.clips.dtype == dtype
+    assert_array_equal(clips.last, last)
+    assert_array_equal(clips.video, video[last])
+
+
+def test_clips_of_one_video():
+    frames = np.zeros((8, 4, 4), np.uint8)
+    clips, same = make_clips(frames), make_clips(frames, np.zeros(8))
+    assert clips.clips.shape == (4, 5, 4, 4, 1)
+    assert_array_equal(clips.last, [4, 5, 6, 7])
+    assert_array_equal(clips.last, same.last)
+    assert_array_equal(clips.video, same.video)
+
+
+def test_clips_are_a_copy():
+    frames = np.zeros((8, 4, 4, 1))
+    make_clips(frames).clips[:] = 1
+    assert not frames.any()
+
+
+def test_clips_refuse_bad_input():
+    frames = np.zeros((6, 4, 4))
+    for wrong in (frames[0], frames[..., None, None], ["a.png", "b.png"]):
+        with pytest.raises(ValueError, match=r"frames must have shape \(N, H, W\) or"):
+            make_clips(wrong)
+    for wrong in ([0] * 5, np.zeros((6, 1))):
+        with pytest.raises(ValueError, match="each of the 6 frames, got an array of"):
+            make_clips(frames, wrong)
+    with pytest.raises(ValueError, match="those of video 7 form 2 separate runs"):
+        make_clips(frames, [7, 7, 8, 8, 7, 7], length=2)
+    with pytest.raises(ValueError, match="those of video nan form 6 separate runs"):
+        make_clips(frames, [np.nan] * 6)
+    with pytest.raises(ValueError, match=r"length=5 frames.* longest video has 4"):
+        make_clips(frames, [0, 0, 1, 1, 1, 1])
+    with pytest.raises(ValueError, match="longest video has 0"):
+        make_clips(frames[:0])
+    with pytest.raises(ValueError, match="length"):
+        make_clips(frames, length=0)
+
+
+# make_moving_shapes
+
+
+def path_of(frames):
+    """Return the centres (n, 2) of the only shape in a video, its brightest object."""
+    background = frames.min(axis=0).astype(float)
+    grid = np.moveaxis(np.mgrid[: frames.shape[1], : frames.shape[2]], 0, -1)
+    return [
+        np.average(
+            grid.reshape(-1, 2),
+            weights=((frame - background) / (frame.max() - background)).ravel(),
+            axis=0,
+        )
+        for frame in frames
+    ]
+
+
+def test_shapes_move_steadily_and_faster_when_anomalous():
+    data = make_moving_shapes(n_shapes=1, n_videos_train=3, n_videos_test=4, size=128)
+    for frames, kinds in zip(
+        [
+            *np.split(data.frames_train[..., 0], 3),
+            *np.split(data.frames_test[..., 0], 4),
+        ],
+        [np.full(60, "good")] * 3 + np.split(data.anomaly_test, 4),
+        strict=True,
+    ):
+        # a bounce mirrors the velocity, and shortens one step
+        steps = np.abs(np.diff(path_of(frames), axis=0))
+        slow, fast = steps[kinds[1:] != "fast"], steps[kinds[1:] == "fast"]
+        velocity = np.median(slow, axis=0)
+        assert 0.9 < np.hypot(*velocity) < 2.2
+        steady = np.abs(slow - velocity).max(axis=1) < 0.1
+        assert steady.mean() > 0.85
+        if len(fast):
+            assert np.median(fast, axis=0) == pytest.approx(5 * velocity, abs=0.1)
+
+
+def test_shapes_bunch():
+    data = make_moving_shapes(n_videos_train=2, n_videos_test=3, n_frames=40, size=48)
+    assert data.frames_train.shape == (80, 48, 48, 1)
+    assert data.frames_test.shape == (120, 48, 48, 1)
+    assert data.frames_train.dtype == data.frames_test.dtype == np.uint8
+    assert_array_equal(data.video_train, [0] * 40 + [1] * 40)
+    assert_array_equal(data.video_test, [0] * 40 + [1] * 40 + [2] * 40)
+    assert_array_equal(data.y_test == -1, data.anomaly_test != "good")
+    assert data.masks_test.dtype == bool
+    assert_array_equal(data.masks_test.any(axis=(1, 2)), data.y_test == -1)
+    for kinds in np.split(data.anomaly_test, 3):
+        starts = kinds[np.flatnonzero(np.r_[True, kinds[1:] != kinds[:-1]])]
+        assert sorted(kind for kind in starts if kind != "good") == ["fast", "form"]
+        assert kinds[0] == "good"
+    assert "bounces" in data.DESCR
+
+
+def test_shapes_are_masked_where_they_are_a_cross():
+    data = make_moving_shapes(n_shapes=1, n_videos_test=2)
+    for frames, masks, kinds in zip(
+        np.split(data.frames_test[..., 0].astype(float), 2),
+        np.split(data.masks_test, 2),
+        np.split(data.anomaly_test, 2),
+        strict=True,
+    ):
+        changed = np.abs(frames - np.median(frames, axis=0)) > 40
+        for kind in ("fast", "form"):
+            assert (masks[kinds == kind] >= changed[kinds == kind]).all()
+        area = {kind: changed[kinds == kind].mean() for kind in ("fast", "form")}
+        assert area["form"] < 0.8 * area["fast"]
+
+
+@pytest.mark.parametrize(
+    ("make", "params"),
+    [
+        (make_moving_shapes, {"n_videos_train": 1, "n_videos_test": 1}),
+        (make_ellipses, {"n_train": 4, "n_test": 4}),
+    ],
+)
+def test_synthetic_sets_are_seeded(make, params):
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    first, same, other = (make(**params, random_state=seed) for seed in (0, 0, 1))
+    for key in set(first) - {"DESCR"}:
+        assert_array_equal(first[key], same[key])
+    for key in set(first) & {"frames_train", "frames_test", "X_train", "X_test"}:
+        assert (first[key] != other[key]).any()
+    assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+
+
+def test_synthetic_sets_check_their_parameters():
+    for make, params in (
+        (make_moving_shapes, {"n_frames": 19}),
+        (make_moving_shapes, {"n_shapes": 0}),
+        (make_ellipses, {"size": 257}),
+        (make_ellipses, {"n_test": 1}),
+    ):
+        with pytest.raises(ValueError, match=next(iter(params))):
+            make(**params)
+
+
+# make_ellipses
+
+
+@pytest.mark.parametrize("size", [32, 64, 255])
+def test_ellipses_differ_from_their_healthy_version_in_the_inner_contour(size):
+    data = make_ellipses(n_train=2, n_test=12, size=size)
+    assert data.X_train.shape == (2, size, size, 1)
+    assert data.X_test.dtype == data.healthy_test.dtype == np.uint8
+    assert data.y_test.tolist() == [1, -1] * 6
+    differences = (data.X_test.astype(float) - data.healthy_test)[..., 0] / 255
+    assert_array_equal(data.differences_test, differences.astype(np.float32))
+    assert_array_equal(data.masks_test, np.abs(2 * data.differences_test) > 0.44195)
+    assert_array_equal(data.masks_test.any(axis=(1, 2)), data.y_test == -1)
+    assert not data.differences_test[data.y_test == 1].any()
+
+    for difference in data.differences_test[data.y_test == -1]:
+        before, after = (np.argwhere(sign * difference > 0.2) for sign in (-1, 1))
+        assert before.mean(axis=0) == pytest.approx(after.mean(axis=0), abs=size / 50)
+        extent = np.ptp(after, axis=0).max() / np.ptp(before, axis=0).max()
+        assert 0.5 < extent < 0.9
+
+
+def test_shrunk_ellipse_equals_slow_reference():
+    # Follow every pixel's displacement in the published units and look up, by bilinear
+    # interpolation, what the healthy contour shows there.
+    from scipy.ndimage import map_coordinates
+
+    size = 256
+    data = make_ellipses(n_train=2, n_test=8, size=size)
+    for row in np.flatnonzero(data.y_test == -1):
+        difference = data.differences_test[row]
+        centre = np.argwhere(difference < -0.3).mean(axis=0)
+        grid = np.mgrid[:size, :size]
+        y, x = (grid - centre[:, None, None]) * 2 / size
+        gaussian = np.exp(-(y**2 + x**2) / (2 * 0.19**2))
+        displacement = np.stack([y, x]) * gaussian
+        displacement *= 0.1 / np.hypot(*displacement).max()
+        healthy = np.maximum(-difference, 0)
+        moved = map_coordinates(healthy, grid + displacement * size / 2, order=1)
+        expected, found = moved > 0.25, difference > 0.25
+        assert (expected & found).sum() / (expected | found).sum() > 0.5
+
+
+def test_ellipses_grey_levels_do_not_tell_the_class():
+    data = make_ellipses(n_train=400, n_test=2)
+    healthy, diseased = (data.X_train[data.y_train == label] for label in (1, -1))
+    for level in (np.min, np.max, np.median):
+        first, second = (level(X, axis=(1, 2, 3)) for X in (healthy, diseased))
+        spread = np.concatenate([first, second]).std()
+        assert abs(first.mean() - second.mean()) <= 0.4 * spread, level
 
 
 # Real images

@@ -18,6 +18,7 @@ from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 
 from skanomaly.metrics import (
     f1_max,
+    frame_roc_auc_score,
     make_localization_scorer,
     pixel_average_precision_score,
     pixel_roc_auc_score,
@@ -284,6 +285,88 @@ def test_double_precision_maps_are_not_rounded(metric):
     maps = 1 + 1e-12 * masks
     assert metric(masks, maps.astype(np.float32)) < 0.7
     assert metric(masks, maps) == SLOW[metric](masks, maps) == 1.0
+
+
+# Frames of videos
+
+
+def make_videos(seed, n_values=None):
+    """Four videos mixed, one without anomalies and one of equal scores."""
+    rng = np.random.default_rng(seed)
+    video = rng.permutation(np.repeat(["b", "a", "c", "d"], [9, 12, 7, 5]))
+    y_true = np.where(rng.random(len(video)) < 0.3, -1, 1)
+    y_true[video == "c"] = 1
+    scores = rng.normal(size=len(video)) - y_true
+    if n_values is not None:
+        scores = np.floor(scores * n_values / 6)
+    for name, scale, shift in (("a", 5, 3), ("b", 0.1, -40), ("d", 0, 2)):
+        rows = video == name
+        scores[rows] = scale * scores[rows] + shift
+    return y_true, scores, video
+
+
+def slow_frame_roc_auc(y_true, scores, video):
+    frames = []
+    for label, score, name in zip(y_true, scores, video, strict=True):
+        company = [s for s, v in zip(scores, video, strict=True) if v == name]
+        low, high = min(company), max(company)
+        frames.append((label, (score - low) / (high - low) if high > low else 0.0))
+    wins = [
+        (anomalous > normal) + (anomalous == normal) / 2
+        for label, anomalous in frames
+        for other, normal in frames
+        if label == -1 and other == 1
+    ]
+    return sum(wins) / len(wins)
+
+
+@pytest.mark.parametrize("n_values", [3, None])
+@pytest.mark.parametrize("seed", range(4))
+def test_frame_roc_auc_equals_slow_reference(seed, n_values):
+    y_true, scores, video = make_videos(seed, n_values)
+    score = frame_roc_auc_score(y_true, scores, video)
+    assert score == pytest.approx(slow_frame_roc_auc(y_true, scores, video), abs=1e-12)
+    assert abs(score - roc_auc_score(y_true == -1, scores)) > 0.01
+    assert frame_roc_auc_score(list(y_true), list(scores), list(video)) == score
+
+
+def test_frame_roc_auc_of_one_video_is_roc_auc():
+    y_true, scores, _ = make_videos(0)
+    score = frame_roc_auc_score(y_true, scores, np.zeros(len(scores)))
+    assert score == pytest.approx(roc_auc_score(y_true == -1, scores), abs=1e-12)
+
+
+def test_frame_roc_auc_of_integer_scores():
+    video, scores = [0, 0, 0, 1, 1, 1], np.array([250, 0, 100, 7, 9, 8], np.uint8)
+    assert frame_roc_auc_score([-1, 1, 1, 1, -1, 1], scores, video) == 1.0
+    assert frame_roc_auc_score([-1, 1, 1, 1, -1, 1], 0 * scores, video) == 0.5
+
+
+def test_frame_roc_auc_refuses_bad_input():
+    y_true, scores, video = make_videos(0)
+    for arguments in (
+        (y_true[1:], scores, video),
+        (y_true, scores, video[:-1]),
+        (y_true, scores[:, None], video),
+        (y_true[:, None], scores[:, None], video[:, None]),
+    ):
+        with pytest.raises(ValueError, match=r"must have the same shape \(n,\), got"):
+            frame_roc_auc_score(*arguments)
+    for wrong in (y_true == -1, np.where(y_true == -1, 1, 0), y_true.astype(str)):
+        with pytest.raises(ValueError, match=r"\+1 for normal and -1 for anomalous"):
+            frame_roc_auc_score(wrong, scores, video)
+    with pytest.raises(ValueError, match="contain an anomalous frame"):
+        frame_roc_auc_score(np.ones(len(scores)), scores, video)
+    with pytest.raises(ValueError, match="contain a normal frame"):
+        frame_roc_auc_score(-np.ones(len(scores)), scores, video)
+    with pytest.raises(ValueError, match="real numbers, got complex128"):
+        frame_roc_auc_score(y_true, scores + 1j, video)
+    with pytest.raises(ValueError, match=r"video must hold .* got NaN"):
+        frame_roc_auc_score(y_true, scores, np.where(video == "a", np.nan, 1))
+    for value in (np.nan, np.inf):
+        scores[3] = value
+        with pytest.raises(ValueError, match="scores must be finite"):
+            frame_roc_auc_score(y_true, scores, video)
 
 
 # Memory and refusals
