@@ -51,10 +51,11 @@ def main():
         maps = detector.localize(clips.clips)
         if options.method == "memae":
             maps = maps[:, judged]
+        frame_score = frame_roc_auc_score(y, scores, clips.video)
+        pixel_score = pixel_roc_auc_score(masks[frames], maps)
         print(
-            f"seed {seed}: frame AUROC {frame_roc_auc_score(y, scores, clips.video):.3f}"
-            f", pixel AUROC {pixel_roc_auc_score(masks[frames], maps):.3f}"
-            f", fit {seconds:.0f} s",
+            f"seed {seed}: frame AUROC {frame_score:.3f}, pixel AUROC "
+            f"{pixel_score:.3f}, fit {seconds:.0f} s",
             flush=True,
         )
 
