@@ -31,7 +31,7 @@ detector = DeScarGAN(
     n_critic=2,
     batch_size=8,
     learning_rate=5e-4,
-    max_epochs=16,
+    max_epochs=10,
     random_state=0,
     verbose=1,
 )

@@ -8,7 +8,7 @@ them are trained so briefly that this is a tour and not a contest.
 """
 
 # %%
-# 100 normal crops for training; half of the test crops have a planted defect.
+# 60 normal crops for training; half of the test crops have a planted defect.
 
 import time
 
@@ -26,7 +26,7 @@ from skanomaly import (
 from skanomaly.datasets import load_textures
 from skanomaly.metrics import pixel_roc_auc_score
 
-data = load_textures(n_train=100, n_test=40)
+data = load_textures(n_train=60, n_test=20)
 
 # %%
 # The networks are a fraction as wide as in the papers, with the larger learning rates
@@ -38,8 +38,8 @@ fast = {"learning_rate": 1e-3, **common}
 detectors = [
     Autoencoder(code_size=32, batch_size=16, max_epochs=20, **fast),
     VariationalAutoencoder(code_size=32, batch_size=16, max_epochs=20, **fast),
-    RIAD(width=16, cell_sizes=(2, 4, 8), max_epochs=5, **fast),
-    SMAI(n_segments=80, width=16, max_epochs=5, **fast),
+    RIAD(width=16, cell_sizes=(2, 4, 8), max_epochs=4, **fast),
+    SMAI(n_segments=80, width=16, max_epochs=4, **fast),
     SCADN(
         width=16,
         n_blocks=4,

@@ -444,3 +444,22 @@ def test_warm_start_goes_on(cls):
     with pytest.raises(ValueError, match="warm_start"):
         detector.fit(X[:, :16], y)
     assert detector.localize(X).shape == X.shape[:3]
+
+
+@pytest.mark.parametrize("cls", NETWORK_DETECTORS)
+def test_an_interrupt_leaves_a_usable_detector(cls, monkeypatch):
+    losses = cls._losses
+
+    def interrupted(self, network, batch):
+        if len(self.loss_curve_) == 2:
+            raise KeyboardInterrupt
+        yield from losses(self, network, batch)
+
+    X, y = striped(8), labels_for(cls, 8)
+    expected = small(cls, max_epochs=2).fit(X, y)
+    monkeypatch.setattr(cls, "_losses", interrupted)
+    with pytest.warns(UserWarning, match="interrupted after 2 epochs"):
+        detector = small(cls, max_epochs=5).fit(X, y)
+    assert detector.n_iter_ == 2
+    assert detector.localize(X).shape == expected.localize(X).shape
+    assert set(detector.predict(X)) <= {-1, 1}
