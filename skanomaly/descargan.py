@@ -417,7 +417,7 @@ class DeScarGAN(NetworkDetector):
             (critic.diseased, ~healthy, fakes[1]),
         ):
             on_real = (_scores(head, features) * weights)[own].sum()
-            on_fake = _scores(head, critic(fake)).mean()
+            on_fake = _scores(head, critic(fake)).mean() * weights[own].sum()
             penalty = gradient_penalty(
                 lambda points, head=head: head(critic(points)), images, fake
             )

@@ -128,6 +128,21 @@ def test_losses_of_any_mixture_are_finite(labels):
     assert torch.isfinite(torch.stack(losses)).all()
 
 
+def test_a_critic_that_cannot_tell_gains_nothing_by_a_constant():
+    """Real and generated images weigh the same, so that a bias cancels."""
+    model = build(penalty_weight=0.0)
+    images, labels = torch.rand(4, 1, 32, 32), torch.tensor([1, -1, 1, 1])
+    critic = model.network_["critic"].eval()
+    found = []
+    for bias in (0.0, 10.0):
+        for head in (critic.healthy, critic.diseased):
+            torch.nn.init.constant_(head[-1].bias, bias)
+        torch.manual_seed(0)
+        steps = model._losses(model.network_, Batch(images, labels, 1))
+        found.append(next(steps)[1].item())
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_classes_count_alike():
     healthy = torch.tensor([True, False, True, True])
     weights = _class_weights(healthy)
