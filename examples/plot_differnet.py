@@ -1,6 +1,6 @@
 """
-Locate defects by the gradient of a density
-===========================================
+Score images by the density of their features
+=============================================
 
 DifferNet learns how likely the features of a pretrained network are, averaged over an
 image. It scores whole images; the gradient of the score tells which pixels to blame.
@@ -53,8 +53,8 @@ detector = DifferNet(
 detector.fit(data.X_train)
 
 # %%
-# The pixels are an afterthought of the method: its maps point at a defect and do not
-# outline it.
+# The pixels are an afterthought of the method: it tells images apart well, while its
+# maps are coarse, and at this size often miss the defect.
 
 scores = detector.score_samples(data.X_test)
 maps = detector.localize(data.X_test)
