@@ -34,8 +34,7 @@ data = load_textures(n_train=100, n_test=40, size=128)
 # The paper describes images of 448 pixels by AlexNet. Photographs of 128 pixels still
 # have a few features each way in the third stage of a ResNet-18, at three scales. The
 # backbone is frozen and sees each rotated view of an image once; training the flow on
-# what it saw takes seconds. ``sigma`` counts pixels of an image of 448: 10.5 are 3 of
-# these, about the distance between the pixels that the smallest scale sees.
+# what it saw takes seconds.
 
 detector = DifferNet(
     backbone="resnet18",
@@ -44,7 +43,6 @@ detector = DifferNet(
     n_blocks=4,
     hidden_features=256,
     n_transforms_test=8,
-    sigma=10.5,
     standardize=True,
     max_epochs=60,
     random_state=0,

@@ -22,8 +22,6 @@ from .base import NetworkDetector
 from .filters import gaussian_blur
 from .synthesis import rotate
 
-SIGMA_IMAGE_SIZE = 448
-
 
 class Coupling(nn.Module):
     """Affine coupling: each half of a vector is scaled and shifted by the other."""
@@ -205,8 +203,9 @@ class DifferNet(NetworkDetector):
         Else the file of a state dict with torchvision's names (``.pth``,
         ``.safetensors``), or None for random weights.
     sigma : float, default=3.0
-        Standard deviation of the Gaussian filter of the gradients, in pixels of an
-        image of 448 pixels. It scales with the size of the images.
+        Standard deviation of the Gaussian filter of the gradients in pixels. It does
+        not scale with the images: the smallest scale looks at every fourth pixel of any
+        image, and a filter much narrower than that leaves a grid of dots.
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.
@@ -454,14 +453,14 @@ class DifferNet(NetworkDetector):
         images = embedded["images"]
         maps = images.new_zeros(len(images), *images.shape[-2:])
         scores = images.new_zeros(len(images))
-        sigma = self.sigma * min(images.shape[-2:]) / SIGMA_IMAGE_SIZE
         for views, owners, degrees in self._views(images):
             with torch.inference_mode(False), torch.enable_grad():
                 views = views.clone().requires_grad_()
                 latent, log_determinants = self.network_(views)
                 loss = _negative_log_likelihood(latent, log_determinants).sum()
                 (gradients,) = torch.autograd.grad(loss, views)
-            blame = gaussian_blur(rotate(gradients, -degrees), sigma).abs().mean(dim=1)
+            blame = gaussian_blur(rotate(gradients, -degrees), self.sigma)
+            blame = blame.abs().mean(dim=1)
             owners = owners.to(images.device)
             maps.index_add_(0, owners, blame)
             scores.index_add_(0, owners, latent.detach().float().square().mean(dim=1))
