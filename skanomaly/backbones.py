@@ -182,10 +182,13 @@ def _whole(name):
     return torchvision.models.get_model(name, weights=None)
 
 
-def last_stage(name):
-    """Return the name of the last child of a torchvision network before its head."""
+def last_stage(name, layers=()):
+    """Return the name of the last module of a torchvision network before its head.
+
+    Sequential children that hold one of ``layers`` are opened.
+    """
     with torch.device("meta"):
-        return _chain(_whole(name), ())[-1]
+        return _chain(_whole(name), layers)[-1]
 
 
 def _channels(*values):
@@ -298,7 +301,7 @@ def make_backbone(name, layers, weights, device, *, with_last_stage=False):
     state = None
     if weights is not None:
         state = _download(name) if weights == "imagenet" else _read_weights(weights)
-    last = last_stage(name)
+    last = last_stage(name, layers)
     within_reach = state is None or any(key.startswith(f"{last}.") for key in state)
     if with_last_stage and last not in layers and within_reach:
         layers = (*layers, last)

@@ -88,6 +88,7 @@ TINY_IMAGES = {
     "Autoencoder": {"loss": "l2"},
     "DRAEM": {"reconstructive_width": 1, "discriminative_width": 2},
     "DeScarGAN": {"width": 2, "critic_width": 2},
+    "DifferNet": {"n_transforms_test": 1, "n_transforms": 1, "n_blocks": 1},
     "PNet": {"width": 2, "critic_width": 1},
     "RIAD": {"cell_sizes": (1,), "n_masks": 2},
     "SCADN": {"stripes": (2,), "width": 1, "critic_width": 1},
@@ -281,12 +282,12 @@ def test_maps(cls, fitted):
 
 @pytest.mark.parametrize("cls", DETECTORS)
 def test_maps_are_high_where_anomalous(cls):
-    X, defective = striped(48), striped(4, seed=1)
+    X, defective = striped(32), striped(4, seed=1)
     defective[:, 8:20, 10:22] = 255 - defective[:, 8:20, 10:22]
     mask = np.zeros((4, 32, 32), bool)
     mask[:, 8:20, 10:22] = True
     settings = {"max_epochs": 20} if issubclass(cls, NetworkDetector) else {}
-    y = labels_for(cls, 48)
+    y = labels_for(cls, 32)
     if y is not None:
         X[y == -1, 8:20, 10:22] = 255 - X[y == -1, 8:20, 10:22]
     maps = small(cls, **settings).fit(X, y).localize(defective)

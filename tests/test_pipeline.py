@@ -233,7 +233,10 @@ def test_maps_of_a_real_pipeline_have_the_size_of_the_files(tmp_path):
         ResizeImages(size=64),
         CenterCropImages(size=48),
         BackboneFeatures(
-            backbone="shufflenet_v2_x0_5", layers=("stage2",), weights=None
+            backbone="shufflenet_v2_x0_5",
+            layers=("stage2",),
+            weights=None,
+            random_state=0,
         ),
         SPADE(backbone="precomputed", layers=("stage2",), image_score="max"),
     ).fit(paths)

@@ -214,13 +214,3 @@ def test_an_interrupt_of_the_first_stage_does_not_start_the_second(monkeypatch):
         model.fit(stripes(8))
     assert model.loss_curve_ == []
     assert model.predict(stripes(8)).shape == (8,)
-
-
-def test_a_planted_defect_is_found():
-    X, X_test = stripes(32), stripes(20, seed=1)
-    mask = np.zeros(X_test.shape, bool)
-    mask[10:, 8:18, 8:18] = True
-    X_test[mask] = 1 - X_test[mask]
-    model = detector(structure_epochs=6, max_epochs=15, learning_rate=5e-3).fit(X)
-    assert roc_auc_score(mask[:, 8, 8], -model.score_samples(X_test)) > 0.9
-    assert roc_auc_score(mask[10:].ravel(), model.localize(X_test[10:]).ravel()) > 0.7
