@@ -282,12 +282,12 @@ def test_maps(cls, fitted):
 
 @pytest.mark.parametrize("cls", DETECTORS)
 def test_maps_are_high_where_anomalous(cls):
-    X, defective = striped(32), striped(4, seed=1)
+    X, defective = striped(48), striped(4, seed=1)
     defective[:, 8:20, 10:22] = 255 - defective[:, 8:20, 10:22]
     mask = np.zeros((4, 32, 32), bool)
     mask[:, 8:20, 10:22] = True
     settings = {"max_epochs": 20} if issubclass(cls, NetworkDetector) else {}
-    y = labels_for(cls, 32)
+    y = labels_for(cls, 48)
     if y is not None:
         X[y == -1, 8:20, 10:22] = 255 - X[y == -1, 8:20, 10:22]
     maps = small(cls, **settings).fit(X, y).localize(defective)
