@@ -362,6 +362,9 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     def __sklearn_is_fitted__(self):
         return hasattr(self, "offset_")
 
+    # whether a fit continues the one before
+    _goes_on = False
+
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y=None):
         """Learn what normal images look like.
@@ -384,8 +387,10 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         images, labels = self._training_images(X, labels)
         _warn_of_bytes(images.array)
         self.__dict__.pop("offset_", None)
-        self._built_from = plain_parameters(self)
-        self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        if not self._goes_on:
+            self.__dict__.pop("network_", None)
+            self._built_from = plain_parameters(self)
+            self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with seeded(self._seed):
             self._fit(images, labels)
         self._set_thresholds(images)
@@ -735,8 +740,12 @@ class NetworkDetector(BaseDetector):
     def _scheduler(self, optimizer):
         return None
 
+    @property
+    def _goes_on(self):
+        return self.warm_start and hasattr(self, "network_")
+
     def _check_X(self, X, *, reset):
-        if reset and self.warm_start and hasattr(self, "network_"):
+        if reset and self._goes_on:
             try:
                 return super()._check_X(X, reset=False)
             except ValueError as error:
@@ -760,12 +769,38 @@ class NetworkDetector(BaseDetector):
 
     def _start(self, images):
         """Make the network, unless a warm start has one, and move it to its device."""
-        if not (self.warm_start and hasattr(self, "network_")):
+        if self._goes_on:
+            self._check_architecture()
+        else:
             self.network_ = self._initial_network(images)
             self.loss_curve_ = []
             self.validation_curve_ = []
             self._optimizers = {}
         channels_last(self.network_.to(images.device))
+        for optimizer in self._optimizers.values():
+            # moves the moments to the device of the weights
+            optimizer.load_state_dict(optimizer.state_dict())
+
+    def _check_architecture(self):
+        """Raise if the network of the last fit is not one of the parameters."""
+        with torch.device("meta"):
+            wanted = self._build_network().state_dict()
+        shapes = [
+            {name: tensor.shape for name, tensor in state.items()}
+            for state in (self.network_.state_dict(), wanted)
+        ]
+        if shapes[0] == shapes[1]:
+            return
+        changes = ", ".join(
+            f"{name}={value!r} (was {self._built_from[name]!r})"
+            for name, value in plain_parameters(self).items()
+            if value != self._built_from.get(name, value)
+        )
+        raise ValueError(
+            "With warm_start=True a fit goes on with the network of the last one, "
+            f"which these parameters do not describe: {changes}. Set them back, or "
+            "warm_start to False."
+        )
 
     def _train(self, images, labels, *, loss_curve, **settings):
         """Train with the settings of the estimator; return whether it was finished."""

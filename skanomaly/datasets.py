@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions, validate_params
 
-from .images import IMAGE_SUFFIXES, LoadImages, read_image
+from .images import IMAGE_SUFFIXES, LoadImages, image_files, read_image
 
 TEXTURES_DESCR = """\
 Photographed textures with planted defects
@@ -314,12 +314,12 @@ def load_mvtec(root, category, *, size=None, mode="RGB", n_jobs=None):
                 f"{str(folder / 'test')!r} with one folder of images for each defect "
                 "and one named 'good'."
             )
-    train = _image_files(folder / "train" / "good")
+    train = image_files(folder / "train" / "good")
     test = [
         path
         for defect in sorted((folder / "test").iterdir())
         if defect.is_dir()
-        for path in _image_files(defect)
+        for path in image_files(defect)
     ]
     for files, place in ((train, "train/good"), (test, "test")):
         if not files:
@@ -351,18 +351,10 @@ def load_mvtec(root, category, *, size=None, mode="RGB", n_jobs=None):
     )
 
 
-def _image_files(folder):
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-
-
 def _mask_file(ground_truth, image_file):
     folder, stem = ground_truth / image_file.parent.name, image_file.stem
     if folder.is_dir():
-        files = {path.stem: path for path in _image_files(folder)}
+        files = {path.stem: path for path in image_files(folder)}
         for name in (f"{stem}_mask", stem):
             if name in files:
                 return files[name]

@@ -83,7 +83,7 @@ class ThreeHeadedCritic(nn.Module):
     channels : int
         Number of channels of the images.
     width : int
-        Number of channels of the first layer; the heads have 16 times as many.
+        Number of channels of the first layer; the heads have up to 16 times as many.
     n_pools : int
         Number of halvings of the images, from 1 to 5.
     """
@@ -231,6 +231,8 @@ class DeScarGAN(NetworkDetector):
       critics' loss, as in the code.
     - Patches are as many as in the figure; the code pads them.
     - Both classes count alike, however many images they have.
+    - Images are flipped from left to right only; the code flips them upside down, too,
+      although bodies have an up.
     - Thresholds come from the healthy training images.
     - The critic halves the image until its shorter side is about 8 pixels, up to five
       times; for 256 pixels it is that of the paper. Images are padded by replication.
@@ -335,8 +337,8 @@ class DeScarGAN(NetworkDetector):
         check_is_fitted(self)
         images = self._images(X)
         result = np.empty((len(images), *self.image_shape_), np.float32)
-        for rows, (_, healthy) in self._in_batches(images, self._embed):
-            result[rows] = healthy.float().permute(0, 2, 3, 1).cpu().numpy()
+        for rows, healthy in self._in_batches(images, self._make_healthy):
+            result[rows] = healthy.permute(0, 2, 3, 1).cpu().numpy()
         return result
 
     def _build_network(self):
@@ -407,15 +409,17 @@ class DeScarGAN(NetworkDetector):
         # the same noise on real and generated images tells the critics nothing
         noise = self.noise * torch.rand(images.shape).to(images.device)
         images = images + noise
-        with torch.no_grad():
-            fakes = [version + noise for version in generator(images)]
+        trains_generator = batch.step % self.n_critic == 0
+        with torch.set_grad_enabled(trains_generator):
+            made = [version + noise for version in generator(images)]
 
         features = critic(images)
         loss = 5 * _classification_loss(critic, features, healthy, weights)
-        for head, own, fake in (
-            (critic.healthy, healthy, fakes[0]),
-            (critic.diseased, ~healthy, fakes[1]),
+        for head, own, version in (
+            (critic.healthy, healthy, made[0]),
+            (critic.diseased, ~healthy, made[1]),
         ):
+            fake = version.detach()
             on_real = (_scores(head, features) * weights)[own].sum()
             on_fake = _scores(head, critic(fake)).mean() * weights[own].sum()
             penalty = gradient_penalty(
@@ -424,27 +428,14 @@ class DeScarGAN(NetworkDetector):
             loss = loss + 20 * (on_fake - on_real) + self.penalty_weight * penalty
         yield critic, loss
 
-        if batch.step % self.n_critic:
+        if not trains_generator:
             return
-        yield generator, self._generator_loss(generator, critic, images, noise, healthy)
-
-    def _generator_loss(self, generator, critic, images, noise, healthy):
-        weights = _class_weights(healthy)
         is_healthy = healthy[:, None, None, None]
-
-        def versions(batch):
-            """Return the versions of each image in its own and the other class."""
-            made = [version + noise for version in generator(batch)]
-            return (
-                torch.where(is_healthy, made[0], made[1]),
-                torch.where(is_healthy, made[1], made[0]),
-                made,
-            )
-
-        own, other, made = versions(images)
-        back, _, _ = versions(other)
-        loss = self.identity_weight * _weighted_mse(own, images, weights)
-        loss = loss + self.cycle_weight * _weighted_mse(back, images, weights)
+        own = torch.where(is_healthy, *made)
+        other = torch.where(is_healthy, *reversed(made))
+        back = torch.where(is_healthy, *generator(other)) + noise
+        loss = self.identity_weight * _sum_of_class_errors(own, images, healthy)
+        loss = loss + self.cycle_weight * _sum_of_class_errors(back, images, healthy)
         for head, version, is_target in zip(
             (critic.healthy, critic.diseased), made, (True, False), strict=True
         ):
@@ -452,26 +443,25 @@ class DeScarGAN(NetworkDetector):
             target = torch.full_like(healthy, is_target)
             loss = loss - _scores(head, features).mean()
             loss = loss + _classification_loss(critic, features, target, None)
-        return loss
+        yield generator, loss
 
-    def _embed(self, images):
-        """Return the images and their healthy versions, values in [0, 1]."""
+    def _make_healthy(self, images):
+        """Return the healthy versions of images, values in [0, 1]."""
         healthy, _ = self.network_["generator"](2 * images - 1)
-        return images, (healthy.float() + 1) / 2
+        return (healthy.float() + 1) / 2
 
-    def _anomaly_maps(self, embedded):
-        images, healthy = embedded
-        return (images - healthy).abs().mean(dim=1)
+    def _anomaly_maps(self, images):
+        return (images - self._make_healthy(images)).abs().mean(dim=1)
 
     @property
     def _scores_need_maps(self):
         return self.image_score == "map"
 
-    def _anomaly_scores(self, embedded, maps):
+    def _anomaly_scores(self, images, maps):
         if self.image_score == "map":
             return maps.mean(dim=(1, 2))
         critic = self.network_["critic"]
-        logits = critic.classifier(critic(2 * embedded[0] - 1))
+        logits = critic.classifier(critic(2 * images - 1))
         return logits.float().softmax(dim=1)[:, 1]
 
 
@@ -495,6 +485,7 @@ def _classification_loss(critic, features, healthy, weights):
     return losses.mean() if weights is None else (losses * weights).sum()
 
 
-def _weighted_mse(images, targets, weights):
+def _sum_of_class_errors(images, targets, healthy):
+    """Return the mean squared error of healthy images plus that of diseased ones."""
     errors = (images.float() - targets).square().flatten(1).mean(dim=1)
-    return (errors * weights).sum()
+    return (errors / torch.where(healthy, healthy.sum(), (~healthy).sum())).sum()

@@ -97,7 +97,10 @@ class Flow(nn.Module):
         self.register_buffer("std", torch.ones(n_features))
 
     def forward(self, vectors):
-        """Return latent vectors (b, d) and the logarithms of the determinants (b,)."""
+        """Return latent vectors (b, d) and the logarithms of the determinants (b,).
+
+        The determinants are those of the blocks, without the constant standardisation.
+        """
         vectors = (vectors - self.mean) / self.std
         log_determinants = 0.0
         for order, block in zip(self.orders, self.blocks, strict=True):
@@ -372,14 +375,25 @@ class DifferNet(NetworkDetector):
         return (last_stage(self.backbone) if self.layer is None else self.layer,)
 
     def _build_network(self):
-        backbone = Backbone(self.backbone, self._layers)
-        with torch.device("meta"):
-            trunk = Backbone(self.backbone, self._layers).eval()
-            n_channels = describe(trunk, torch.empty(1, 3, 256, 256), 1).shape[1]
-        flow = Flow(
-            self.n_scales * n_channels, self.n_blocks, self.hidden_features, self.clamp
-        )
+        backbone, n_features = self._empty_backbone()
+        flow = Flow(n_features, self.n_blocks, self.hidden_features, self.clamp)
         return DifferNetwork(backbone, flow, self.n_scales)
+
+    def _empty_backbone(self):
+        """Return the backbone without its weights, and how many features it finds."""
+        height, width, channels = self.image_shape_
+        with torch.device("meta"):
+            backbone = Backbone(self.backbone, self._layers).eval()
+            images = torch.empty(1, channels, height, width)
+            try:
+                features = describe(backbone, images, self.n_scales)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"Images of {height} x {width} pixels are too small for backbone="
+                    f"{self.backbone!r} and n_scales={self.n_scales}. ResizeImages "
+                    "makes them larger."
+                ) from error
+        return backbone, features.shape[1]
 
     def _optimizer(self, part):
         return torch.optim.Adam(
@@ -396,27 +410,18 @@ class DifferNet(NetworkDetector):
         if self.standardize:
             std, mean = torch.std_mean(images.descriptions.flatten(0, 1), dim=0)
             network.flow.mean.copy_(mean)
-            network.flow.std.copy_(std.clamp(min=1e-6))
+            network.flow.std.copy_(torch.where(std < 1e-6, 1.0, std))
         return network
 
     def _fit(self, images, labels):
         check_channels(self)
-        if self.warm_start and hasattr(self, "network_"):
+        self._empty_backbone()
+        if self._goes_on:
             backbone = self.network_.backbone.to(images.device)
         else:
             backbone = make_backbone(
                 self.backbone, self._layers, self.weights, images.device
             )
-        try:
-            with torch.inference_mode():
-                describe(backbone, images[[0]], self.n_scales)
-        except RuntimeError as error:
-            height, width, _ = self.image_shape_
-            raise ValueError(
-                f"Images of {height} x {width} pixels are too small for backbone="
-                f"{self.backbone!r} and n_scales={self.n_scales}. ResizeImages makes "
-                "them larger."
-            ) from error
 
         def describe_views(batch):
             found = [

@@ -18,7 +18,7 @@ from torch import nn
 
 from .base import NetworkDetector
 from .filters import mean_filter, scaled_size
-from .images import IMAGE_SUFFIXES, LoadImages, ResizeImages
+from .images import LoadImages, ResizeImages, image_files
 from .losses import focal_loss, ssim_loss
 from .networks import ConvUnit, conv_block, pad_to_multiple
 from .synthesis import (
@@ -329,11 +329,7 @@ class DRAEM(NetworkDetector):
         return torch.from_numpy(textures.astype(np.uint8)).permute(0, 3, 1, 2)
 
     def _read_textures(self):
-        files = sorted(
-            path
-            for path in Path(self.textures).rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        )
+        files = image_files(self.textures, recursive=True)
         if not files:
             raise ValueError(f"textures={str(self.textures)!r} holds no image file.")
         chosen = torch.randperm(len(files))[:MAX_TEXTURES].tolist()

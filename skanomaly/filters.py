@@ -84,8 +84,9 @@ def gaussian_blur(images, sigma, *, radius=None, padding="reflect"):
 
     Notes
     -----
-    Each axis is blurred by one banded matrix. A matrix product is fast on every device
-    and, unlike a padded convolution, takes kernels wider than the image.
+    Each axis is blurred by a banded matrix, of which only the blocks along the band are
+    multiplied. A matrix product is fast on every device and, unlike a padded
+    convolution, takes kernels wider than the image.
 
     Examples
     --------
@@ -103,7 +104,22 @@ def gaussian_blur(images, sigma, *, radius=None, padding="reflect"):
     height, width = images.shape[-2:]
     vertical = _gaussian_matrix(height, sigma, radius, padding, images)
     horizontal = _gaussian_matrix(width, sigma, radius, padding, images)
-    return vertical @ images @ horizontal.T
+    blurred = _multiply_band(vertical, images, radius)
+    return _multiply_band(horizontal, blurred.mT, radius).mT
+
+
+def _multiply_band(matrix, images, radius, block=64):
+    """Return ``matrix @ images``, where only a band of the matrix is not zero."""
+    size = len(matrix)
+    # the copy that joins the blocks costs more than they save where they are few
+    if size <= 2 * block:
+        return matrix @ images
+    places = [slice(i, min(size, i + block)) for i in range(0, size, block)]
+    reached = [slice(max(0, p.start - radius), p.stop + radius) for p in places]
+    parts = [
+        matrix[p, r] @ images[..., r, :] for p, r in zip(places, reached, strict=True)
+    ]
+    return torch.cat(parts, dim=-2)
 
 
 @full_precision
@@ -150,7 +166,7 @@ def scaled_size(size, images):
     Returns
     -------
     int
-        The nearest odd side length.
+        The nearest odd side length, at least 3; 1, no filter, for a size of 1.
 
     Examples
     --------
@@ -159,7 +175,9 @@ def scaled_size(size, images):
     >>> scaled_size(21, torch.ones(1, 64, 128))
     5
     """
-    return 2 * round((size * min(images.shape[-2:]) / 256 - 1) / 2) + 1
+    if size == 1:
+        return 1
+    return max(3, 2 * round((size * min(images.shape[-2:]) / 256 - 1) / 2) + 1)
 
 
 @full_precision

@@ -28,6 +28,29 @@ _VALUES_PER_BATCH = 2**24
 _SIZE_CONSTRAINT = [Interval(Integral, 1, None, closed="left"), tuple, list]
 
 
+def image_files(folder, *, recursive=False):
+    """List the image files of a folder.
+
+    Parameters
+    ----------
+    folder : str or path-like
+        A folder.
+    recursive : bool, default=False
+        Whether to look into the folders below as well.
+
+    Returns
+    -------
+    list of pathlib.Path
+        Files with the suffix of an image, sorted; hidden ones are left out.
+    """
+    paths = Path(folder).rglob("*") if recursive else Path(folder).iterdir()
+    return sorted(
+        path
+        for path in paths
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
+
+
 def read_image(path, size=None, mode="RGB"):
     """Decode an image file.
 

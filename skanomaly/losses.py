@@ -5,6 +5,9 @@ import torch.nn.functional as F
 
 from .filters import full_precision, gaussian_blur, prewitt
 
+# keeps the quotient stable where both gradients vanish, for values in [0, 1]
+GMS_CONSTANT = 0.0026
+
 
 @full_precision
 def ssim_map(
@@ -55,15 +58,15 @@ def ssim_map(
     True
     """
     moments = torch.stack(
-        [images, references, images**2, references**2, images * references]
+        [images, references, images * references, images**2 + references**2]
     )
-    mean_x, mean_y, square_x, square_y, product = gaussian_blur(
+    mean_x, mean_y, product, power = gaussian_blur(
         moments, sigma, radius=window_size // 2, padding=padding
     )
     c1, c2 = (constant * data_range**2 for constant in constants)
-    covariance = product - mean_x * mean_y
-    variances = square_x - mean_x**2 + square_y - mean_y**2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    mean_product, mean_power = mean_x * mean_y, mean_x**2 + mean_y**2
+    covariance, variances = product - mean_product, power - mean_power
+    luminance = (2 * mean_product + c1) / (mean_power + c1)
     return luminance * (2 * covariance + c2) / (variances + c2)
 
 
@@ -98,15 +101,13 @@ def ssim_loss(images, references, **settings):
 
 
 @full_precision
-def gms_map(images, references, *, constant=0.0026):
+def gms_map(images, references):
     """Compute the gradient magnitude similarity of two batches of images.
 
     Parameters
     ----------
     images, references : torch.Tensor of shape (b, c, h, w)
         Images with values in [0, 1], compared channel by channel.
-    constant : float, default=0.0026
-        Keeps the quotient stable where both gradients vanish; made for a range of 1.
 
     Returns
     -------
@@ -127,7 +128,7 @@ def gms_map(images, references, *, constant=0.0026):
     True
     """
     x, y = _gradient_magnitude(images), _gradient_magnitude(references)
-    return (2 * x * y + constant) / (x**2 + y**2 + constant)
+    return (2 * x * y + GMS_CONSTANT) / (x**2 + y**2 + GMS_CONSTANT)
 
 
 def _gradient_magnitude(images):

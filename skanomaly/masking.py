@@ -129,6 +129,12 @@ def superpixels(image, *, n_segments, compactness=10.0):
     numpy.ndarray of shape (h, w)
         Numbers of the superpixels, from 0 on, without gaps.
 
+    Notes
+    -----
+    Grey images are taken for coloured ones with three equal channels. Pieces of less
+    than a quarter of the mean size are merged with a neighbour; an image of which only
+    one piece would be left, such as one of noise, is divided into squares.
+
     References
     ----------
     R. Achanta, A. Shaji, K. Smith, A. Lucchi, P. Fua, S. Süsstrunk. "SLIC superpixels
@@ -146,11 +152,20 @@ def superpixels(image, *, n_segments, compactness=10.0):
     """
     from skimage.segmentation import slic
 
-    labels = slic(
-        image,
-        n_segments=n_segments,
-        compactness=compactness,
-        start_label=0,
-        channel_axis=-1,
-    )
+    n_channels = image.shape[2]
+    if n_channels == 1:
+        image = image.repeat(3, axis=2)
+    elif n_channels != 3:
+        compactness = compactness / 100  # values within [0, 1], where Lab has 100
+    settings = {
+        "n_segments": n_segments,
+        "compactness": compactness,
+        "min_size_factor": 0.25,
+        "max_size_factor": n_segments + 1,
+        "start_label": 0,
+        "channel_axis": -1,
+    }
+    labels = slic(image, **settings)
+    if not labels.any():  # noise falls into small pieces, which are merged
+        labels = slic(np.zeros_like(image), **settings)
     return np.unique(labels, return_inverse=True)[1].reshape(labels.shape)

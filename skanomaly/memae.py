@@ -109,12 +109,15 @@ class MemoryAutoencoder(nn.Module):
 
     def forward(self, images):
         """Return the rebuilt images, of the given shape, and the memory's weights."""
-        size = images.shape[2:]
-        codes = self.encoder(pad_to_multiple(images, self.stride))  # (b, c, ...)
+        codes, weights = self.read(images)
+        return self.decoder(codes)[(..., *map(slice, images.shape[2:]))], weights
+
+    def read(self, images):
+        """Return what the memory makes of the codes (b, c, ...), and its weights."""
+        codes = self.encoder(pad_to_multiple(images, self.stride))
         queries = codes.movedim(1, -1)
         read, weights = self.memory(queries.flatten(0, -2))
-        rebuilt = self.decoder(read.view(queries.shape).movedim(-1, 1))
-        return rebuilt[(..., *map(slice, size))], weights
+        return read.view(queries.shape).movedim(-1, 1), weights
 
 
 class MemAE(NetworkDetector):
@@ -212,7 +215,9 @@ class MemAE(NetworkDetector):
       and, for clips, 8 images).
 
     A map is the root of the squared differences summed over the channels, for values
-    from -1 to 1, and the score of an image the mean of its map.
+    from -1 to 1, and the score of an image the mean of its map. The paper gives the
+    score of a clip to the frame behind its middle; of clips by
+    `skanomaly.datasets.make_clips` that is frame ``clips.last - T + 1 + T // 2``.
 
     On a processor, images of 64 pixels, ``channels=(32, 64, 64, 128)``,
     ``n_items=100``, ``batch_size=16`` and ``learning_rate=1e-3`` are a good start.
@@ -308,7 +313,7 @@ class MemAE(NetworkDetector):
         super()._fit(images, labels)
         total, n_queries = 0.0, 0
         for _, weights in self._in_batches(
-            images, lambda x: self.network_(2 * x - 1)[1]
+            images, lambda x: self.network_.read(2 * x - 1)[1]
         ):
             total, n_queries = total + weights.sum(dim=0), n_queries + len(weights)
         self.item_usage_ = (total / n_queries).cpu().numpy()

@@ -236,6 +236,8 @@ class MNAD(NetworkDetector):
     - A distance is the Euclidean one in the score, as in the paper, and the mean of
       squares in the loss, as in the code.
     - The memory of scoring begins anew with every call.
+    - The learning rate is that of the paper for prediction; for reconstruction it has
+      2e-5.
     - Images are padded by replication to a multiple of 8 pixels.
 
     On a processor, images of 64 pixels, ``width=16``, ``batch_size=8`` and

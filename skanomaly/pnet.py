@@ -8,7 +8,6 @@ the rebuilt image, something is anomalous.
 
 import itertools
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from .base import AnnotatedImages, NetworkDetector
-from .images import IMAGE_SUFFIXES, LoadImages, ResizeImages
+from .images import LoadImages, ResizeImages, image_files
 from .networks import (
     PatchCritic,
     adversarial_loss,
@@ -217,8 +216,11 @@ class PNet(NetworkDetector):
     - The critic judges again after its own step.
     - Images are padded by replication to a multiple of 16 pixels.
 
-    With ``warm_start=True`` a second fit continues the reconstruction; the structure
-    extractor stays as it is.
+    With ``warm_start=True`` a second fit continues the reconstruction; a structure
+    extractor whose training was finished stays as it is.
+
+    Differences of images and of structures enter maps and scores as they are, not
+    standardised, and the rebuilt image ends in a sigmoid.
 
     On a processor, images of 64 pixels, ``width=12``, ``critic_width=16``,
     ``structure_epochs=15`` and ``max_epochs=60`` are a good start.
@@ -349,13 +351,16 @@ class PNet(NetworkDetector):
             del self._given
 
     def _fit(self, images, labels):
-        is_new = not (self.warm_start and hasattr(self, "network_"))
-        self._start(images)
-        if is_new:
+        if not self._goes_on:
             self.structure_loss_curve_ = []
-            if not self._learn_structure(images):
-                self.n_iter_ = 0
+            self._knows_structure = False
+        source = None if self._knows_structure else self._source()
+        self._start(images)
+        if not self._knows_structure:
+            self._knows_structure = self._learn_structure(images, source)
+            if not self._knows_structure:
                 return
+            self._optimizers.clear()
 
         def extract(batch):
             self.network_["extractor"].eval()
@@ -373,9 +378,8 @@ class PNet(NetworkDetector):
             max_epochs=self.max_epochs,
         )
 
-    def _learn_structure(self, images):
+    def _learn_structure(self, images, source):
         """Train the structure extractor; return whether it was finished."""
-        source = self._source()
         if source is None:
             images, losses = (
                 AnnotatedImages(images, self._annotator(images)),
@@ -411,22 +415,23 @@ class PNet(NetworkDetector):
                 )
             mode = "L" if channels == 1 else "RGB"
             images, masks = (
-                LoadImages(size=size, mode=mode).transform(_image_files(folder))
+                LoadImages(size=size, mode=mode).transform(_source_files(folder))
                 for folder, mode in zip(self.structure_source, (mode, "L"), strict=True)
             )
         else:
             images, masks = (
-                ResizeImages(size=size).fit_transform(_as_images(array))
-                for array in (images, masks)
+                ResizeImages(size=size).fit_transform(array)
+                for array in (_as_images(images), _as_masks(masks))
             )
         if len(images) != len(masks):
             raise ValueError(
                 f"The source of structures has {len(images)} images, but {len(masks)} "
                 "masks."
             )
-        if images.shape[-1] != channels:
-            images = images.mean(axis=-1, keepdims=True).repeat(channels, axis=-1)
-        return [_to_fractions(images), _to_fractions(masks)[:, :1]]
+        images, masks = _to_fractions(images), _to_fractions(masks)[:, :1]
+        if images.shape[1] != channels:
+            images = images.mean(dim=1, keepdim=True).expand(-1, channels, -1, -1)
+        return [images, masks]
 
     def _annotator(self, images):
         """Return the function that computes the structures of images (b, c, h, w)."""
@@ -513,10 +518,8 @@ def _in_steps(optimizer, max_epochs):
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 
-def _image_files(folder):
-    files = sorted(
-        path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
-    )
+def _source_files(folder):
+    files = image_files(folder)
     if not files:
         raise ValueError(f"structure_source: {str(folder)!r} holds no image file.")
     return files
@@ -524,9 +527,21 @@ def _image_files(folder):
 
 def _as_images(array):
     array = np.asarray(array)
-    if array.dtype == bool:
-        array = array.astype(np.float32)
     return array[..., None] if array.ndim == 3 else array
+
+
+def _as_masks(array):
+    """Return masks as images, bool ones and uint8 ones of 0 and 1 as numbers."""
+    array = np.asarray(array)
+    largest = array.max(initial=0)
+    if largest <= 1:
+        array = array.astype(np.float32)
+    elif array.dtype != np.uint8:
+        raise ValueError(
+            f"structure_masks holds values up to {largest:g}. Masks are bool, uint8 in "
+            "[0, 255] or numbers in [0, 1]."
+        )
+    return _as_images(array)
 
 
 def _to_fractions(array):

@@ -80,7 +80,8 @@ class SCADN(NetworkDetector):
     Parameters
     ----------
     stripes : tuple of int, default=(4, 8, 16)
-        Numbers of stripes that an image is divided into; every other stripe is hidden.
+        Even numbers of stripes that an image is divided into; every other stripe is
+        hidden.
     width : int, default=64
         Number of channels of the generator's first layer; the inner layers have eight
         times as many.
@@ -254,8 +255,11 @@ class SCADN(NetworkDetector):
 
     def _fit(self, images, labels):
         counts = self.stripes
-        if not counts or not all(isinstance(n, Integral) and n > 1 for n in counts):
-            raise ValueError(f"stripes={counts!r} must hold one or more numbers >= 2.")
+        valid = (isinstance(n, Integral) and n > 0 and n % 2 == 0 for n in counts)
+        if not counts or not all(valid):
+            raise ValueError(
+                f"stripes={counts!r} must hold one or more even numbers >= 2."
+            )
         super()._fit(images, labels)
         total = 0.0
         for _, errors in self._in_batches(images, self._embed):

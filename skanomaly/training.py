@@ -165,7 +165,17 @@ def train(
     progress = tqdm(total=max_epochs, unit="epoch", disable=not verbose)
     lowest, best_weights, n_epochs_since = math.inf, None, 0
     network.train()
+
+    def validate():
+        with seeded(seed):
+            total = _validate(
+                network, images, labels, held_out, losses, batch_size, precision
+            )
+        return _finite_mean(total, len(held_out), "validation", loss_curve)
+
     try:
+        if loss_curve and n_iter_no_change is not None:
+            lowest, best_weights = validate(), copy.deepcopy(network.state_dict())
         for _ in range(max_epochs):
             total = 0.0
             order = rows[torch.randperm(len(rows)).numpy()]
@@ -191,11 +201,7 @@ def train(
             if n_iter_no_change is None:
                 continue
 
-            with seeded(seed):
-                total = _validate(
-                    network, images, labels, held_out, losses, batch_size, precision
-                )
-            mean = _finite_mean(total, len(held_out), "validation", loss_curve)
+            mean = validate()
             validation_curve.append(mean)
             n_epochs_since += 1
             if mean < lowest:
