@@ -6,6 +6,7 @@ from sklearn.metrics import roc_auc_score
 from skanomaly import Autoencoder, VariationalAutoencoder
 from skanomaly.filters import mean_filter
 from skanomaly.losses import ssim_map
+from skanomaly.networks import pad_to_multiple
 from skanomaly.training import Batch
 
 BOTH = [Autoencoder, VariationalAutoencoder]
@@ -90,8 +91,24 @@ def test_maps_are_residuals(loss):
         assert (expected <= 2).all()
     assert (expected >= 0).all()
     np.testing.assert_allclose(model.localize(X), expected, rtol=1e-3, atol=1e-6)
-    smooth = mean_filter(expected, 1, padding="none").amax(dim=(1, 2))
-    np.testing.assert_allclose(-model.score_samples(X), smooth, rtol=1e-3)
+    for given, size in ((11, 3), (40, 5)):
+        model.set_params(smoothing_size=given)
+        smooth = mean_filter(expected, size, padding="none").amax(dim=(1, 2))
+        np.testing.assert_allclose(-model.score_samples(X), smooth, rtol=1e-3)
+
+
+@pytest.mark.parametrize("side", [16, 64, 100])
+def test_initial_weights_keep_the_variance(side):
+    network = build((side, side, 3), width=16, code_size=32).network_
+    signal = torch.randn(8, 3, side, side)
+    deviations = []
+    for layer in (*network.encoder, *network.decoder):
+        if layer is network.encoder[0]:
+            signal = pad_to_multiple(signal, network.stride)
+        signal = layer(signal)
+        if not isinstance(layer, torch.nn.LeakyReLU):
+            deviations.append(signal.std().item())
+    assert 0.2 < min(deviations) <= max(deviations) < 5
 
 
 def test_losses():
@@ -210,6 +227,6 @@ def test_a_planted_defect_is_found(cls):
     mask = np.zeros(X_test.shape, bool)
     mask[10:, 8:18, 8:18] = True
     X_test[mask] = 1 - X_test[mask]
-    model = detector(cls, max_epochs=30, learning_rate=5e-3).fit(X)
+    model = detector(cls, max_epochs=60, learning_rate=5e-3).fit(X)
     assert roc_auc_score(mask[:, 8, 8], -model.score_samples(X_test)) > 0.95
     assert roc_auc_score(mask[10:].ravel(), model.localize(X_test[10:]).ravel()) > 0.8

@@ -33,7 +33,7 @@ TRAINED_BRIEFLY = {"max_epochs": 1, "learning_rate": 1e-3, "n_iter_no_change": N
 SETTINGS = {
     "Autoencoder": [{"code_size": 8, "width": 4, "batch_size": 8, **TRAINED_BRIEFLY}],
     "VariationalAutoencoder": [
-        {"code_size": 8, "width": 4, "batch_size": 8, **TRAINED_BRIEFLY}
+        {"code_size": 8, "width": 4, "batch_size": 4, **TRAINED_BRIEFLY}
     ],
     "DeScarGAN": [{"width": 4, "critic_width": 4, "n_critic": 1, **TRAINED_BRIEFLY}],
     "DifferNet": [
@@ -446,6 +446,31 @@ def test_warm_start_goes_on(cls):
     with pytest.raises(ValueError, match="warm_start"):
         detector.fit(X[:, :16], y)
     assert detector.localize(X).shape == X.shape[:3]
+
+
+# a parameter of the network's shape, and one that does not show in its weights
+OTHER_NETWORKS = {
+    "Autoencoder": ({"code_size": 5}, {}),
+    "DifferNet": ({"n_blocks": 3}, {"clamp": 1.0}),
+    "MemAE": ({"n_items": 5}, {"shrink": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NETWORKS)
+def test_a_warm_start_keeps_the_network_and_what_it_was_built_from(name):
+    X, X_test = striped(16), striped(3, seed=1)
+    reshaped, changed = OTHER_NETWORKS[name]
+    detector = small(getattr(skanomaly, name), warm_start=True).fit(X)
+    detector.set_params(**changed).fit(X)
+    expected = detector.score_samples(X_test)
+    loaded = pickle.loads(pickle.dumps(detector))
+    np.testing.assert_array_equal(loaded.score_samples(X_test), expected)
+    (parameter,) = reshaped
+    with pytest.raises(ValueError, match=rf"{parameter}=\d \(was \d+\)"):
+        detector.set_params(**reshaped).fit(X)
+    # a fit that was refused leaves something that can be saved and fitted
+    again = pickle.loads(pickle.dumps(detector)).set_params(warm_start=False).fit(X)
+    assert again.score_samples(X_test).shape == (3,)
 
 
 @pytest.mark.parametrize("cls", NETWORK_DETECTORS)

@@ -150,21 +150,63 @@ def test_classes_count_alike():
     torch.testing.assert_close(_class_weights(healthy[[0, 2]]), torch.full((2,), 0.5))
 
 
-def test_identity_and_cycle_vanish_for_a_generator_that_changes_nothing():
-    class Copy(torch.nn.Module):
-        def forward(self, images):
-            return images, images
+def test_losses_equal_a_slow_reference():
+    model = build(noise=0.0, flip=False, cycle_weight=3.0, identity_weight=7.0)
+    generator, critic = model.network_["generator"], model.network_["critic"].eval()
+    images, labels = torch.rand(4, 1, 32, 32), torch.tensor([1, -1, 1, 1])
+    torch.manual_seed(1)
+    losses = dict(model._losses(model.network_, Batch(images, labels, 0)))
 
-    model = build(noise=0.0, flip=False)
-    images, healthy = torch.rand(4, 1, 32, 32), torch.tensor([True, False, True, False])
-    critic = model.network_["critic"].eval()
-    losses = [
-        model.set_params(cycle_weight=weight, identity_weight=weight)._generator_loss(
-            Copy(), critic, images, torch.zeros_like(images), healthy
+    torch.manual_seed(1)
+    torch.rand(images.shape)  # the noise
+    images = 2 * images - 1
+    rows = {"healthy": [0, 2, 3], "diseased": [1]}
+    made = dict(zip(rows, generator(images), strict=True))
+    heads = {"healthy": critic.healthy, "diseased": critic.diseased}
+
+    def class_loss(batch, row, target):
+        logits = critic.classifier(critic(batch))[row]
+        return -logits.log_softmax(dim=0)[["healthy", "diseased"].index(target)]
+
+    expected = 0.0
+    for own, its_rows in rows.items():
+        head = heads[own]
+        real = torch.stack([head(critic(images))[row].mean() for row in its_rows])
+        fake = head(critic(made[own])).mean()
+        penalty = gradient_penalty(
+            lambda points, head=head: head(critic(points)), images, made[own].detach()
         )
-        for weight in (0.0, 50.0)
-    ]
-    torch.testing.assert_close(losses[0], losses[1])
+        # each class has half of the weight of a batch of both
+        expected = expected + 20 * (fake / 2 - real.mean() / 2) + 10 * penalty
+        for row in its_rows:
+            expected = expected + 5 / 2 * class_loss(images, row, own) / len(its_rows)
+    torch.testing.assert_close(losses[critic], expected, rtol=1e-4, atol=1e-4)
+
+    expected = 0.0
+    for own, its_rows in rows.items():
+        (other,) = set(rows) - {own}
+        back = dict(zip(rows, generator(made[other]), strict=True))[own]
+        identity, cycle = (
+            torch.stack([(v[row] - images[row]).square().mean() for row in its_rows])
+            for v in (made[own], back)
+        )
+        expected = expected + 7 * identity.mean() + 3 * cycle.mean()
+        expected = expected - heads[own](critic(made[own])).mean()
+        for row in range(4):
+            expected = expected + class_loss(made[own], row, own) / 4
+    torch.testing.assert_close(losses[generator], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_class_score_costs_no_pass_of_the_generator(fitted):
+    passes = []
+    hook = fitted.network_["generator"].register_forward_hook(
+        lambda *_: passes.append(1)
+    )
+    fitted.score_samples(squares(4)[0])
+    assert not passes
+    fitted.localize(squares(4)[0])
+    assert passes
+    hook.remove()
 
 
 def test_maps_are_what_must_change_to_look_healthy(fitted):

@@ -89,6 +89,24 @@ def test_superpixels_follow_edges():
     assert np.mean(purity) > 0.97
 
 
+def test_superpixels_of_grey_images_follow_edges_as_those_of_coloured_ones():
+    grey = blocks().mean(axis=2, keepdims=True)
+    labels = superpixels(grey, n_segments=20)
+    np.testing.assert_array_equal(
+        labels, superpixels(grey.repeat(3, axis=2), n_segments=20)
+    )
+    grid = superpixels(np.zeros_like(grey), n_segments=20)
+    assert not np.array_equal(labels, grid)
+    two = superpixels(grey.repeat(2, axis=2), n_segments=20)
+    assert not np.array_equal(two, grid)
+
+
+def test_noise_is_divided_into_a_grid():
+    noise = np.random.default_rng(0).random((32, 32, 3))
+    labels = superpixels(noise, n_segments=16)
+    assert 4 < labels.max() + 1 <= 24
+
+
 def test_superpixels_of_one_colour_are_a_grid():
     labels = superpixels(np.full((32, 32, 1), 0.5), n_segments=16)
     assert 8 <= labels.max() + 1 <= 24

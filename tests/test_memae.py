@@ -120,8 +120,9 @@ def test_the_order_of_items_does_not_matter():
     np.testing.assert_allclose(model.score_samples(X), expected, rtol=1e-5)
 
 
-def test_loss_is_error_and_entropy():
-    model = detector(entropy_weight=0.3, shrink=0.0)
+@pytest.mark.parametrize("shrink", [0.0, 0.17])
+def test_loss_is_error_and_entropy_of_what_is_read(shrink):
+    model = detector(entropy_weight=0.3, shrink=shrink)
     model.image_shape_ = (32, 32, 1)
     network = model._build_network()
     from skanomaly.training import Batch
@@ -130,10 +131,11 @@ def test_loss_is_error_and_entropy():
     network.eval()
     ((part, loss),) = model._losses(network, Batch(images, None, 0))
     rebuilt, weights = network(2 * images - 1)
-    entropy = -(weights * weights.log()).sum(dim=1).mean()
+    assert (weights == 0).any() == (shrink > 0)
+    entropy = -torch.special.xlogy(weights, weights).sum(dim=1).mean()
     expected = ((rebuilt - (2 * images - 1)) ** 2).mean() + 0.3 * entropy
     assert part is network
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert 0 < entropy <= math.log(6) + 1e-6
 
 

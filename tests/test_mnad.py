@@ -187,6 +187,22 @@ def test_scores_weigh_error_and_distance():
     psnr = -10 * np.log10(maps.mean(axis=(1, 2)))
     low, high = model.psnr_range_
     np.testing.assert_allclose(parts[1.0], 1 - (psnr - low) / (high - low), rtol=1e-3)
+    images = 2 * torch.from_numpy(X_test).permute(0, 3, 1, 2) - 1
+    with torch.inference_mode():
+        _, queries = model.network_(images, model.network_.memory)
+    distances = [
+        np.mean(
+            [
+                min((query - item).norm().item() for item in model.network_.memory)
+                for query in own.flatten(1).T
+            ]
+        )
+        for own in queries
+    ]
+    low, high = model.distance_range_
+    np.testing.assert_allclose(
+        parts[0.0], (np.array(distances) - low) / (high - low), rtol=1e-3, atol=1e-4
+    )
     training = -model.set_params(score_weight=0.5).score_samples(X)
     assert training.min() >= -1e-3
     assert training.max() <= 1 + 1e-3

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from skanomaly import PNet
+from skanomaly.networks import adversarial_loss, critic_loss
 from skanomaly.training import Batch
 
 
@@ -191,12 +193,84 @@ def test_a_source_may_be_two_folders(tmp_path):
         detector(structure_source=folders).fit(X)
 
 
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_a_source_may_have_another_number_of_channels(n_channels):
+    rng = np.random.default_rng(0)
+    X = np.repeat(stripes(8)[..., None], n_channels, axis=3)
+    source = rng.integers(0, 256, (4, 32, 32, 4 - n_channels), dtype=np.uint8)
+    masks = source.mean(axis=3) > 128
+    by_bytes = detector().fit(X, structure_images=source, structure_masks=masks)
+    for images, own_masks in (
+        (source / 255, 255 * masks.astype(np.uint8)),
+        (source / 255, masks.astype(np.uint8)),
+        (source / 255, masks.astype(np.int64)),
+    ):
+        other = detector().fit(X, structure_images=images, structure_masks=own_masks)
+        assert other.structure_loss_curve_[0] == pytest.approx(
+            by_bytes.structure_loss_curve_[0], rel=1e-3
+        )
+
+
+def test_stage_one_learns_from_the_source_and_from_the_critic():
+    model = build((32, 32, 1), adaptation_weight=0.5)
+    model._structures = [torch.rand(4, 1, 32, 32), torch.rand(4, 1, 32, 32).round()]
+    extractor, critic = (
+        model.network_[name] for name in ("extractor", "structure_critic")
+    )
+    batch = Batch(torch.rand(2, 1, 32, 32), None, 0)
+    torch.manual_seed(1)
+    losses = dict(model._transfer(model.network_, batch))
+
+    torch.manual_seed(1)
+    drawn = torch.randint(4, (2,))
+    images, masks = (part[drawn] for part in model._structures)
+    found = extractor(batch.images).sigmoid()
+    torch.testing.assert_close(losses[critic], critic_loss(critic, masks, found))
+    supervised = F.binary_cross_entropy(extractor(images).sigmoid(), masks)
+    torch.testing.assert_close(
+        losses[extractor], supervised + 0.5 * adversarial_loss(critic, found)
+    )
+    weight = extractor.head.weight
+    (slope,) = torch.autograd.grad(losses[extractor] - supervised, weight)
+    assert slope.abs().sum() > 0
+
+
+def test_the_reconstructor_learns_from_its_critic():
+    model = build((32, 32, 1), structure_weight=0.0, adversarial_weight=0.5)
+    reconstructor, critic = (model.network_[n] for n in ("reconstructor", "critic"))
+    batch = Batch(torch.rand(2, 2, 32, 32), None, 0)
+    images, structure = batch.images[:, :1], batch.images[:, 1:]
+    losses = dict(model._losses(model.network_, batch))
+    rebuilt = reconstructor(structure, images)
+    torch.testing.assert_close(losses[critic], critic_loss(critic, images, rebuilt))
+    torch.testing.assert_close(
+        losses[reconstructor],
+        (rebuilt - images).abs().mean() + 0.5 * adversarial_loss(critic, rebuilt),
+    )
+
+
+def test_equal_images_and_structures_have_empty_maps():
+    model = build((32, 32, 1))
+    model.network_["reconstructor"].forward = lambda structure, images: images
+    images = torch.rand(2, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(model._anomaly_maps(images), torch.zeros(2, 32, 32))
+
+
 @pytest.mark.parametrize(
     ("settings", "given", "message"),
     [
         ({}, {"structure_images": np.zeros((2, 8, 8))}, "belong together"),
         ({"structure_source": ("a",)}, {}, "two folders"),
         ({"structure": "texture"}, {}, "structure"),
+        (
+            {},
+            {
+                "structure_images": np.zeros((2, 8, 8)),
+                "structure_masks": np.full((2, 8, 8), 255),
+            },
+            "values up to 255",
+        ),
     ],
 )
 def test_bad_sources_are_refused(settings, given, message):
@@ -214,3 +288,9 @@ def test_an_interrupt_of_the_first_stage_does_not_start_the_second(monkeypatch):
         model.fit(stripes(8))
     assert model.loss_curve_ == []
     assert model.predict(stripes(8)).shape == (8,)
+    monkeypatch.undo()
+    model.set_params(warm_start=True).fit(stripes(8))
+    assert len(model.structure_loss_curve_) == len(model.loss_curve_) == 1
+    model.fit(stripes(8))
+    assert len(model.structure_loss_curve_) == 1
+    assert len(model.loss_curve_) == 2

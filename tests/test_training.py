@@ -400,6 +400,24 @@ def test_training_stops_and_goes_back_to_the_best_weights():
     assert not network.training
 
 
+def test_a_continued_training_does_not_end_worse_than_it_began():
+    network, validation, curve = Scale(), [], []
+    settings = {
+        "max_epochs": 20,
+        "n_iter_no_change": 2,
+        "validation_curve": validation,
+        "loss_curve": curve,
+    }
+    images = constant_images(10)
+    fit(network, images, scripted([3.0, 1.0, 2.0, 2.0]), **settings)
+    best = network.weight.item()
+    # the first of these is what the training begins with
+    script = scripted([1.0, 1.5, 1.2])
+    fit(network, images, script, **settings)
+    assert validation == [3.0, 1.0, 2.0, 2.0, 1.5, 1.2]
+    assert network.weight.item() == best
+
+
 def test_an_interrupt_goes_back_to_the_best_weights():
     network, weights = Scale(), []
 
