@@ -412,9 +412,9 @@ def test_a_continued_training_does_not_end_worse_than_it_began():
     fit(network, images, scripted([3.0, 1.0, 2.0, 2.0]), **settings)
     best = network.weight.item()
     # the first of these is what the training begins with
-    script = scripted([1.0, 1.5, 1.2])
+    script = scripted([1.0, 1.5, 1.25])
     fit(network, images, script, **settings)
-    assert validation == [3.0, 1.0, 2.0, 2.0, 1.5, 1.2]
+    assert validation == [3.0, 1.0, 2.0, 2.0, 1.5, 1.25]
     assert network.weight.item() == best
 
 
