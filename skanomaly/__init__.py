@@ -2,6 +2,7 @@
 
 from .autoencoder import Autoencoder, VariationalAutoencoder
 from .backbones import BackboneFeatures
+from .calibration import ThresholdCalibrator
 from .descargan import DeScarGAN
 from .differnet import DifferNet
 from .draem import DRAEM
@@ -9,7 +10,7 @@ from .images import CenterCropImages, LoadImages, ResizeImages, ToDevice
 from .intra import InTra
 from .memae import MemAE
 from .mnad import MNAD
-from .pipeline import Pipeline, make_pipeline
+from .pipeline import Pipeline, localize, make_pipeline
 from .pnet import PNet
 from .riad import RIAD
 from .scadn import SCADN
@@ -45,4 +46,6 @@ __all__ = [
     # composition
     "Pipeline",
     "make_pipeline",
+    "ThresholdCalibrator",
+    "localize",
 ]

@@ -237,6 +237,41 @@ def check_labels(y, n_samples):
     return y.astype(np.int64)
 
 
+def required_labels(y, n_samples):
+    """Read labels or masks as `check_labels` does, but refuse others.
+
+    Parameters
+    ----------
+    y : array-like of shape (n,), (n, H, W) or (n, T, H, W), or None
+        Labels within {-1, +1}, or masks, True where anomalous. None: all are normal.
+    n_samples : int
+        Number of images.
+
+    Returns
+    -------
+    numpy.ndarray of shape (n,)
+        +1 and -1.
+
+    Raises
+    ------
+    ValueError
+        If y holds other labels, or as many as there are no images.
+    """
+    if y is None:
+        return np.ones(n_samples, np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        labels = check_labels(y, n_samples)
+    if labels is None:
+        raise ValueError(
+            "y must hold labels, +1 for a normal image and -1 for an anomalous one, or "
+            f"masks of shape (n, H, W); got {np.unique(y)[:5].tolist()}. Convert "
+            "labels that are 1 for an anomaly and 0 for a normal image by "
+            "np.where(y == 1, -1, 1)."
+        )
+    return labels
+
+
 class ImageBatches:
     """Images of an array, handed out as tensors a batch at a time.
 
@@ -589,13 +624,18 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
                 None if maps is None else maps.float().cpu().numpy(),
             )
 
-    def _set_thresholds(self, images):
+    def _scores_and_peaks(self, images):
+        """Return the scores (n,) of images and the maxima (n,) of their maps."""
         scores, peaks = [], []
         for _, batch_scores, maps in self._evaluate(images, maps_wanted=True):
             scores.append(-batch_scores)
             peaks.append(maps.reshape(len(maps), -1).max(axis=1))
-        self.offset_ = np.percentile(np.concatenate(scores), 100 * self.contamination)
-        self.map_threshold_ = np.quantile(np.concatenate(peaks), 1 - self.contamination)
+        return np.concatenate(scores), np.concatenate(peaks)
+
+    def _set_thresholds(self, images):
+        scores, peaks = self._scores_and_peaks(images)
+        self.offset_ = np.percentile(scores, 100 * self.contamination)
+        self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)
 
     def __getstate__(self):
         return state_with_arrays(super().__getstate__())

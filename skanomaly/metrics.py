@@ -10,7 +10,11 @@ import math
 
 import numpy as np
 from scipy import ndimage
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.metrics._scorer import _BaseScorer
+from sklearn.utils.validation import _num_samples
+
+from .base import required_labels
 
 
 def pixel_roc_auc_score(masks, maps):
@@ -321,6 +325,100 @@ def frame_roc_auc_score(y_true, scores, video):
         shifted -= shifted.min()
         normalized[rows] = shifted / (shifted.max() or 1)
     return _roc_auc(y_true == -1, normalized)
+
+
+def anomaly_roc_auc(estimator, X, y):
+    """Score a detector by the area under the ROC curve of images.
+
+    For the argument ``scoring`` of scikit-learn's searches and cross-validations.
+
+    Parameters
+    ----------
+    estimator : object
+        A fitted detector with ``score_samples``, high for normal images.
+    X : array-like of shape (n, ...)
+        Images.
+    y : array-like of shape (n,) or (n, H, W)
+        Labels (+1 normal, -1 anomalous) or masks (anomalous where a pixel is True).
+
+    Returns
+    -------
+    score : float
+        Probability that an anomalous image has a lower score than a normal one.
+
+    Raises
+    ------
+    ValueError
+        If `y` holds other labels, which scikit-learn's "roc_auc" would take, at times
+        the wrong way round, or only one of both.
+
+    See Also
+    --------
+    anomaly_average_precision : Asks more where anomalies are rare.
+    skanomaly.model_selection.OneClassKFold : Folds that hold both.
+
+    Examples
+    --------
+    >>> from sklearn.ensemble import IsolationForest
+    >>> from skanomaly.metrics import anomaly_roc_auc
+    >>> X, y = [[0.0], [0.1], [0.2], [5.0]], [1, 1, 1, -1]
+    >>> anomaly_roc_auc(IsolationForest(random_state=0).fit(X), X, y)
+    1.0
+    """
+    return roc_auc_score(*_anomalies_and_degrees(estimator, X, y))
+
+
+def anomaly_average_precision(estimator, X, y):
+    """Score a detector by the average precision of images, anomalies being positive.
+
+    For the argument ``scoring`` of scikit-learn's searches and cross-validations, where
+    "average_precision" would take the normal images for the positive ones.
+
+    Parameters
+    ----------
+    estimator : object
+        A fitted detector with ``score_samples``, high for normal images.
+    X : array-like of shape (n, ...)
+        Images.
+    y : array-like of shape (n,) or (n, H, W)
+        Labels (+1 normal, -1 anomalous) or masks (anomalous where a pixel is True).
+
+    Returns
+    -------
+    score : float
+        Mean precision over the recalls of anomalous images.
+
+    Raises
+    ------
+    ValueError
+        If `y` holds other labels, or only one of both.
+
+    See Also
+    --------
+    anomaly_roc_auc : Does not depend on how many images are anomalous.
+
+    Examples
+    --------
+    >>> from sklearn.ensemble import IsolationForest
+    >>> from skanomaly.metrics import anomaly_average_precision
+    >>> X, y = [[0.0], [0.1], [0.2], [5.0]], [1, 1, 1, -1]
+    >>> anomaly_average_precision(IsolationForest(random_state=0).fit(X), X, y)
+    1.0
+    """
+    return average_precision_score(*_anomalies_and_degrees(estimator, X, y))
+
+
+def _anomalies_and_degrees(estimator, X, y):
+    """Return which images are anomalous, and the degrees that an estimator finds."""
+    labels = required_labels(y, _num_samples(X))
+    present = np.unique(labels)
+    if len(present) < 2:
+        raise ValueError(
+            f"y holds {len(labels)} images, all with the label {present[0]:+d}: a "
+            "ranking needs both. skanomaly.model_selection.OneClassKFold makes folds "
+            "that hold normal and anomalous ones."
+        )
+    return labels == -1, -estimator.score_samples(X)
 
 
 def make_localization_scorer(score_func, **kwargs):

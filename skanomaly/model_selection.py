@@ -8,7 +8,7 @@ from sklearn.model_selection import KFold, ShuffleSplit
 from sklearn.utils import _safe_indexing, check_random_state, indexable
 from sklearn.utils.validation import _num_samples
 
-from .base import check_labels
+from .base import required_labels
 
 
 def _normals_and_anomalies(X, y, groups, min_normals):
@@ -17,18 +17,7 @@ def _normals_and_anomalies(X, y, groups, min_normals):
     n_samples = _num_samples(X)
     if groups is not None:
         warnings.warn("groups are not used.", UserWarning, stacklevel=3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        labels = check_labels(y, n_samples)
-    if y is None:
-        labels = np.ones(n_samples, dtype=int)
-    elif labels is None:
-        raise ValueError(
-            "y must hold labels, +1 for a normal image and -1 for an anomalous one, or "
-            f"masks of shape (n, H, W); got {np.unique(y)[:5].tolist()}. Convert "
-            "labels that are 1 for an anomaly and 0 for a normal image by "
-            "np.where(y == 1, -1, 1)."
-        )
+    labels = required_labels(y, n_samples)
     normals, anomalies = np.flatnonzero(labels == 1), np.flatnonzero(labels == -1)
     if len(normals) < min_normals:
         raise ValueError(

@@ -118,6 +118,56 @@ class Pipeline(sklearn_pipeline.Pipeline):
         return maps
 
 
+def localize(estimator, X):
+    """Compute anomaly maps by whatever holds a fitted detector.
+
+    Parameters
+    ----------
+    estimator : object
+        A fitted detector, a pipeline of skanomaly or of scikit-learn that ends in one,
+        or a search among such estimators.
+    X : array-like of shape (n, H, W, C), or what the estimator takes
+        Images.
+
+    Returns
+    -------
+    numpy.ndarray of shape (n, H, W), float32
+        Anomaly maps, high where anomalous.
+
+    Raises
+    ------
+    TypeError
+        If there is no detector in the estimator.
+
+    See Also
+    --------
+    Pipeline.localize : The same as a method.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from skanomaly import SPADE, ResizeImages, localize
+    >>> X = np.random.default_rng(0).random((8, 24, 20, 3), dtype=np.float32)
+    >>> detector = SPADE(backbone="resnet18", weights=None)
+    >>> pipeline = make_pipeline(ResizeImages(size=(16, 16)), detector).fit(X)
+    >>> localize(pipeline, X).shape
+    (8, 24, 20)
+    """
+    if hasattr(estimator, "localize"):
+        return estimator.localize(X)
+    if hasattr(estimator, "best_estimator_"):
+        return localize(estimator.best_estimator_, X)
+    if isinstance(estimator, sklearn_pipeline.Pipeline) and hasattr(
+        estimator._final_estimator, "localize"
+    ):
+        return Pipeline(estimator.steps).localize(X)
+    raise TypeError(
+        f"{type(estimator).__name__} has no maps: localize takes a fitted detector, a "
+        "pipeline that ends in one, or a search among these."
+    )
+
+
 def _transformers(steps):
     for _, _, step in steps:
         if isinstance(step, sklearn_pipeline.Pipeline):

@@ -202,7 +202,7 @@ class SPADE(BaseDetector):
         # no property: dir() and scikit-learn's display would compute it
         if name != "map_threshold_" or not self.__dict__.get("gallery_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        peaks = self._leave_one_out_peaks()
+        peaks = self._leave_one_out_peaks(self._some_rows())
         self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)
         return self.map_threshold_
 
@@ -378,16 +378,38 @@ class SPADE(BaseDetector):
         found, _ = index.search(queries.flatten(0, 1), n_neighbors)
         return found.view(*queries.shape[:2], -1)
 
+    def _scores_and_peaks(self, images):
+        if self.gallery_size:
+            return super()._scores_and_peaks(images)
+        batches = self._evaluate(images, maps_wanted=False)
+        return -np.concatenate([scores for _, scores, _ in batches]), None
+
     def _set_thresholds(self, images):
         if self.image_score == "max":
-            peaks = self._leave_one_out_peaks()
+            peaks = self._leave_one_out_peaks(self._some_rows())
             self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)
             scores = -peaks
         else:
-            everything = np.arange(len(self.embeddings_))
-            distances, _ = self._other_images(everything, self.n_neighbors)
-            scores = -distances.mean(dim=1).double().numpy()
+            scores = self._leave_one_out_scores()
         self.offset_ = np.percentile(scores, 100 * self.contamination)
+
+    def _leave_one_out(self):
+        """Return scores and maxima of the maps of the training images, as if new."""
+        if not self.gallery_size:
+            return self._leave_one_out_scores(), None
+        peaks = self._leave_one_out_peaks(np.arange(len(self.embeddings_)))
+        by_map = self.image_score == "max"
+        return -peaks if by_map else self._leave_one_out_scores(), peaks
+
+    def _leave_one_out_scores(self):
+        everything = np.arange(len(self.embeddings_))
+        distances, _ = self._other_images(everything, self.n_neighbors)
+        return -distances.mean(dim=1).double().numpy()
+
+    def _some_rows(self):
+        """Return the rows of the training images whose maps set the thresholds."""
+        rng = np.random.default_rng(self._seed)
+        return rng.permutation(len(self.embeddings_))[:MAP_THRESHOLD_IMAGES]
 
     def _other_images(self, rows, n_neighbors):
         """Return distances and rows of the training images nearest to some of them."""
@@ -400,10 +422,8 @@ class SPADE(BaseDetector):
         order = itself.long().argsort(dim=1, stable=True)[:, :n_neighbors]
         return distances.gather(1, order), neighbors.gather(1, order)
 
-    def _leave_one_out_peaks(self):
+    def _leave_one_out_peaks(self, rows):
         """Return the maxima of the maps of some training images without themselves."""
-        rng = np.random.default_rng(self._seed)
-        rows = rng.permutation(len(self.embeddings_))[:MAP_THRESHOLD_IMAGES]
         _, neighbors = self._other_images(rows, max(self.gallery_size, 1))
         device = resolve_device(self.device)
         peaks = []

@@ -1,0 +1,276 @@
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.base import BaseEstimator, OutlierMixin, clone
+from sklearn.ensemble import IsolationForest
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.pipeline import make_pipeline as sklearn_make_pipeline
+from sklearn.utils.estimator_checks import check_estimator
+
+from skanomaly import (
+    SPADE,
+    Autoencoder,
+    DeScarGAN,
+    Pipeline,
+    ResizeImages,
+    ThresholdCalibrator,
+    localize,
+    make_pipeline,
+)
+from skanomaly.datasets import load_textures
+from skanomaly.metrics import (
+    anomaly_roc_auc,
+    make_localization_scorer,
+    pixel_roc_auc_score,
+)
+from skanomaly.model_selection import OneClassKFold
+
+SMALL = {
+    "backbone": "shufflenet_v2_x0_5",
+    "layers": ("stage2",),
+    "weights": None,
+    "random_state": 0,
+}
+
+
+class Brightness(OutlierMixin, BaseEstimator):
+    """Scores rows by their first value; remembers what it was fitted on."""
+
+    def fit(self, X, y=None):
+        self.seen_ = np.asarray(X)[:, 0]
+        self.labels_ = y
+        return self
+
+    def score_samples(self, X):
+        return -np.asarray(X, float)[:, 0]
+
+
+def column(values):
+    return np.asarray(values, float)[:, None]
+
+
+@pytest.mark.parametrize("method", ["cv", "holdout"])
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.25])
+def test_the_rate_asked_for_is_the_one_that_comes(method, rate):
+    """Over many draws the mean rate is floor((n + 1) q) / (n + 1)."""
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(400):
+        X, X_new = rng.exponential(size=(2, 200, 1))
+        calibrator = ThresholdCalibrator(
+            Brightness(), method=method, false_positive_rate=rate
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # 40 images do not support 0.02
+            calibrator.fit(X)
+        n = len(calibrator.calibration_scores_)
+        assert n == (200 if method == "cv" else 40)
+        rates.append((calibrator.predict(X_new) == -1).mean())
+    expected = max(1, np.floor((n + 1) * rate)) / (n + 1)
+    spread = np.std(rates) / np.sqrt(len(rates))
+    assert abs(np.mean(rates) - expected) < 4 * spread
+
+
+@pytest.mark.parametrize("method", ["cv", "holdout", "loo"])
+def test_the_rate_holds_on_held_out_images(method):
+    X = load_textures(texture="grass", n_train=120, n_test=2, size=32).X_train
+    assert len(X) >= 100
+    rng = np.random.default_rng(0)
+    rates, naive = [], []
+    for _ in range(3):
+        rows = rng.permutation(len(X))
+        train, test = rows[: len(X) // 2], rows[len(X) // 2 :]
+        detector = SPADE(n_neighbors=2, gallery_size=0, contamination=0.1, **SMALL)
+        calibrator = ThresholdCalibrator(
+            detector, method=method, false_positive_rate=0.1
+        ).fit(X[train])
+        rates.append((calibrator.predict(X[test]) == -1).mean())
+        scores = calibrator.estimator_.score_samples(X[train])
+        limit = np.percentile(scores, 10)
+        naive.append((calibrator.score_samples(X[test]) < limit).mean())
+    assert 0.02 < np.mean(rates) < 0.2
+    # thresholds from the training's own scores promise the same rate
+    assert np.mean(naive) > 0.22
+
+
+def test_p_values_are_uniform_on_normal_images_and_small_on_others():
+    rng = np.random.default_rng(0)
+    calibrator = ThresholdCalibrator(Brightness(), false_positive_rate=0.05)
+    p = []
+    for _ in range(30):
+        calibrator.fit(rng.exponential(size=(400, 1)))
+        p.append(calibrator.p_values(rng.exponential(size=(400, 1))))
+    assert 0 < np.min(p) <= np.max(p) <= 1
+    for level in (0.05, 0.2, 0.5, 0.9):
+        assert np.mean(np.array(p) <= level) == pytest.approx(level, abs=0.02)
+    assert calibrator.p_values(column([99.0])) == pytest.approx([1 / 401])
+    # one and the same decision
+    X = rng.exponential(size=(2000, 1))
+    expected = calibrator.p_values(X) <= 0.05
+    np.testing.assert_array_equal(calibrator.predict(X) == -1, expected)
+
+
+def test_folds_are_trained_without_what_they_score():
+    seen = []
+
+    class Recorder(Brightness):
+        def score_samples(self, X):
+            seen.append((set(self.seen_), set(np.asarray(X)[:, 0])))
+            return super().score_samples(X)
+
+    X = column(np.arange(20))
+    calibrator = ThresholdCalibrator(Recorder(), false_positive_rate=0.2).fit(X)
+    assert len(seen) == 5
+    assert all(not trained & scored for trained, scored in seen)
+    assert set.union(*(scored for _, scored in seen)) == set(range(20))
+    assert set(calibrator.estimator_.seen_) == set(range(20))
+    seen.clear()
+    holdout = clone(calibrator).set_params(method="holdout", cv=KFold(4)).fit(X)
+    assert seen == [(set(range(5, 20)), set(range(5)))]
+    assert set(holdout.estimator_.seen_) == set(range(5, 20))
+
+
+def test_anomalies_take_no_part():
+    X, y = column(np.arange(30)), np.ones(30, int)
+    y[[3, 17]] = -1
+    calibrator = ThresholdCalibrator(Brightness(), false_positive_rate=0.2).fit(X, y)
+    assert len(calibrator.calibration_scores_) == 28
+    assert not {3, 17} & set(calibrator.estimator_.seen_)
+    with pytest.warns(UserWarning, match="y is ignored"):
+        calibrator.fit(X, np.arange(30))
+    assert len(calibrator.calibration_scores_) == 30
+
+
+def test_too_few_images_warn_with_the_rate_to_expect():
+    X = column(np.arange(20))
+    with pytest.warns(UserWarning, match=r"0\.01.* 99 or more.*rate of 0\.0476"):
+        calibrator = ThresholdCalibrator(Brightness()).fit(X)
+    assert calibrator.offset_ == -19
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ThresholdCalibrator(Brightness(), false_positive_rate=1 / 21).fit(X)
+
+
+def noisy(n, size=24, seed=0):
+    rng = np.random.default_rng(seed)
+    wave = 128 + 60 * np.sin(np.arange(size) * np.pi / 4)[:, None, None]
+    return (wave + rng.normal(0, 8, (n, size, size, 3))).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("image_score", ["knn", "max"])
+def test_leaving_one_out_equals_fits_without_one(image_score):
+    X = noisy(8)
+    detector = SPADE(n_neighbors=2, gallery_size=3, image_score=image_score, **SMALL)
+    exact = ThresholdCalibrator(detector, method="loo", false_positive_rate=0.2).fit(X)
+    slow = ThresholdCalibrator(detector, cv=KFold(8), false_positive_rate=0.2).fit(X)
+    np.testing.assert_allclose(
+        exact.calibration_scores_, slow.calibration_scores_, rtol=1e-4, atol=1e-5
+    )
+    assert exact.map_threshold_ == pytest.approx(slow.map_threshold_, rel=1e-4)
+    with pytest.raises(ValueError, match=r"method='loo'.*Autoencoder"):
+        ThresholdCalibrator(Autoencoder(), method="loo").fit(X)
+
+
+def test_around_a_pipeline():
+    X, defective = noisy(24, size=40), noisy(3, size=40, seed=1)
+    defective[:, 10:25, 10:25] = 0
+    detector = SPADE(n_neighbors=2, gallery_size=3, **SMALL)
+    pipeline = make_pipeline(ResizeImages(size=20), detector)
+    calibrator = ThresholdCalibrator(pipeline, false_positive_rate=0.1).fit(X)
+    assert isinstance(calibrator.estimator_, Pipeline)
+    assert (calibrator.predict(defective) == -1).all()
+    maps, marked = calibrator.localize(defective), calibrator.segment(defective)
+    assert maps.shape == marked.shape == (3, 40, 40)
+    assert marked[:, 14:20, 14:20].all()
+    np.testing.assert_array_equal(maps, calibrator.estimator_.localize(defective))
+    np.testing.assert_array_equal(
+        calibrator.estimator_.predict(defective), calibrator.predict(defective)
+    )
+    assert calibrator.segment(noisy(30, 40, seed=2)).any(axis=(1, 2)).mean() < 0.4
+    # and inside of one
+    inside = make_pipeline(ResizeImages(size=20), ThresholdCalibrator(detector, cv=3))
+    with pytest.warns(UserWarning, match="cannot support"):
+        inside.fit(X)
+    assert inside.localize(defective).shape == (3, 40, 40)
+    loaded = pickle.loads(pickle.dumps(calibrator))
+    np.testing.assert_array_equal(loaded.segment(defective), marked)
+
+
+def test_in_a_search():
+    X, defective = noisy(18), noisy(6, seed=1)
+    defective[:, 8:16, 8:16] = 255 - defective[:, 8:16, 8:16]
+    y = np.r_[np.ones(18, int), -np.ones(6, int)]
+    X = np.concatenate([X, defective])
+    masks = np.zeros(X.shape[:3], bool)
+    masks[18:, 8:16, 8:16] = True
+    search = GridSearchCV(
+        ThresholdCalibrator(SPADE(gallery_size=2, **SMALL), false_positive_rate=0.2),
+        {"estimator__n_neighbors": [1, 3]},
+        scoring=anomaly_roc_auc,
+        cv=OneClassKFold(3),
+    ).fit(X, y)
+    assert search.best_score_ > 0.8
+    assert localize(search, X).shape == masks.shape
+    assert search.best_estimator_.segment(X).dtype == bool
+    by_map = GridSearchCV(
+        ThresholdCalibrator(SPADE(gallery_size=2, **SMALL), false_positive_rate=0.2),
+        {"estimator__n_neighbors": [1, 3]},
+        scoring=make_localization_scorer(pixel_roc_auc_score),
+        cv=OneClassKFold(3),
+    ).fit(X, masks)
+    assert by_map.best_score_ > 0.8
+
+
+def test_a_detector_that_needs_labels_gets_them():
+    X = noisy(16)[..., :1]
+    y = np.where(np.arange(16) % 2, -1, 1)
+    detector = DeScarGAN(width=2, critic_width=2, n_critic=1, max_epochs=1)
+    calibrator = ThresholdCalibrator(detector, cv=2, false_positive_rate=0.2).fit(X, y)
+    assert len(calibrator.calibration_scores_) == 8
+    assert calibrator.segment(X[:2]).shape == (2, 24, 24)
+
+
+def test_without_maps():
+    calibrator = ThresholdCalibrator(
+        IsolationForest(random_state=0), false_positive_rate=0.2
+    ).fit(column(np.arange(20)))
+    assert not hasattr(calibrator, "map_threshold_")
+    assert not hasattr(calibrator, "localize")
+    with pytest.raises(TypeError, match="IsolationForest has no maps"):
+        localize(IsolationForest(), column(np.arange(3)))
+
+
+def test_localize_finds_the_detector():
+    X = noisy(6)
+    detector = SPADE(gallery_size=2, n_neighbors=1, **SMALL).fit(X)
+    expected = detector.localize(X)
+    np.testing.assert_array_equal(localize(detector, X), expected)
+    pipeline = sklearn_make_pipeline(ResizeImages(size=24), detector).fit(X)
+    np.testing.assert_allclose(localize(pipeline, X), expected, rtol=1e-5)
+    with pytest.raises(TypeError, match="Pipeline has no maps"):
+        localize(sklearn_make_pipeline(ResizeImages(size=24)), X)
+
+
+@pytest.mark.filterwarnings("ignore:y is ignored", "ignore:.*cannot support")
+def test_sklearn_checks():
+    calibrator = ThresholdCalibrator(
+        IsolationForest(n_estimators=5, random_state=0), cv=2, false_positive_rate=0.3
+    )
+    check_estimator(calibrator, on_skip=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "bootstrap"}, "'method'"),
+        ({"false_positive_rate": 0.0}, "'false_positive_rate'"),
+        ({"cv": 1}, "'cv'"),
+        ({"estimator": 3}, "'estimator'"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    calibrator = ThresholdCalibrator(Brightness()).set_params(**settings)
+    with pytest.raises(ValueError, match=message):
+        calibrator.fit(column(np.arange(20)))
