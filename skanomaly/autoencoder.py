@@ -220,6 +220,12 @@ class Autoencoder(_ReconstructionDetector):
         Seed of the initial weights, the order of the images and the crops.
     warm_start : bool, default=False
         Whether a second fit continues the training of the first.
+    checkpoint : str or path-like, default=None
+        File to which the training writes its progress. A fit that was killed goes on
+        from it if it is started again with the same parameters and images, and ends as
+        if it had not been. A fit that comes to its end removes the file.
+    checkpoint_every : int, default=10
+        Number of epochs between two writings of the file.
     verbose : int, default=0
         Whether to show a progress bar.
 
@@ -310,6 +316,8 @@ class Autoencoder(_ReconstructionDetector):
         device="auto",
         random_state=None,
         warm_start=False,
+        checkpoint=None,
+        checkpoint_every=10,
         verbose=0,
     ):
         self.loss = loss
@@ -329,6 +337,8 @@ class Autoencoder(_ReconstructionDetector):
         self.device = device
         self.random_state = random_state
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.verbose = verbose
 
     def _build_network(self):
@@ -411,6 +421,12 @@ class VariationalAutoencoder(_ReconstructionDetector):
         Seed of the initial weights, the order of the images, the crops and the samples.
     warm_start : bool, default=False
         Whether a second fit continues the training of the first.
+    checkpoint : str or path-like, default=None
+        File to which the training writes its progress. A fit that was killed goes on
+        from it if it is started again with the same parameters and images, and ends as
+        if it had not been. A fit that comes to its end removes the file.
+    checkpoint_every : int, default=10
+        Number of epochs between two writings of the file.
     verbose : int, default=0
         Whether to show a progress bar.
 
@@ -492,6 +508,8 @@ class VariationalAutoencoder(_ReconstructionDetector):
         device="auto",
         random_state=None,
         warm_start=False,
+        checkpoint=None,
+        checkpoint_every=10,
         verbose=0,
     ):
         self.divergence_weight = divergence_weight
@@ -511,6 +529,8 @@ class VariationalAutoencoder(_ReconstructionDetector):
         self.device = device
         self.random_state = random_state
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.verbose = verbose
 
     def _build_network(self):

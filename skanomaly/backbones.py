@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import uuid
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -17,16 +16,9 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from .base import (
-    ImageBatches,
-    check_images,
-    network_to_arrays,
-    plain_parameters,
-    resolve_device,
-    restore_network,
-    seeded,
-    state_with_arrays,
-)
+from .base import ImageBatches, check_images, resolve_device, seeded
+from .checkpoint import replacing
+from .persistence import PersistentNetwork, network_to_arrays, plain_parameters
 from .training import autocast
 
 __all__ = ["Backbone", "BackboneFeatures"]
@@ -332,7 +324,7 @@ def check_channels(estimator):
         )
 
 
-class BackboneFeatures(TransformerMixin, BaseEstimator):
+class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
     """Turn images into the features of a pretrained network.
 
     Parameters
@@ -557,13 +549,6 @@ class BackboneFeatures(TransformerMixin, BaseEstimator):
             digest.update(array)
         return f"{self.backbone}-{digest.hexdigest()[:24]}"
 
-    def __getstate__(self):
-        return state_with_arrays(super().__getstate__())
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        restore_network(self)
-
 
 def _collect(n, batches):
     """Gather batches of arrays in one array of length n."""
@@ -585,10 +570,5 @@ def _content_key(image):
 
 def _save(file, record):
     """Write an array into a file that appears under its name only when complete."""
-    temporary = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            np.save(stream, record)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as temporary, open(temporary, "xb") as stream:
+        np.save(stream, record)

@@ -17,6 +17,8 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from .checkpoint import Checkpoint, content_checksum
+from .persistence import PersistentNetwork, channels_last, plain_parameters
 from .training import autocast, seeded, train
 
 BYTE_LIKE = 100
@@ -369,7 +371,7 @@ def _warn_of_bytes(images):
         )
 
 
-class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
+class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     """Base of all detectors: images in, scores and maps out.
 
     A method writes ``_fit(images, labels)`` and ``_anomaly_maps(images)``, and
@@ -400,6 +402,12 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     # whether a fit continues the one before
     _goes_on = False
 
+    def _resume(self, images, labels):
+        """Go back to where a fit that was killed had come to."""
+
+    def _end_fit(self):
+        """Tidy up behind a fit."""
+
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y=None):
         """Learn what normal images look like.
@@ -422,6 +430,7 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         images, labels = self._training_images(X, labels)
         _warn_of_bytes(images.array)
         self.__dict__.pop("offset_", None)
+        self._resume(images, labels)
         if not self._goes_on:
             self.__dict__.pop("network_", None)
             self._built_from = plain_parameters(self)
@@ -429,6 +438,7 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         with seeded(self._seed):
             self._fit(images, labels)
         self._set_thresholds(images)
+        self._end_fit()
         return self
 
     def score_samples(self, X):
@@ -637,108 +647,14 @@ class BaseDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         self.offset_ = np.percentile(scores, 100 * self.contamination)
         self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)
 
-    def __getstate__(self):
-        return state_with_arrays(super().__getstate__())
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        restore_network(self)
-
-
-def network_to_arrays(network):
-    """Return the parameters and buffers of a network as NumPy arrays by name.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-        A network on any device.
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        Its state, which pickles without any torch storage.
-    """
-    return {
-        name: tensor.detach().cpu().contiguous().numpy()
-        for name, tensor in network.state_dict().items()
-    }
-
-
-def state_with_arrays(state):
-    """Return the state of an estimator with its ``network_`` as NumPy arrays.
-
-    Parameters
-    ----------
-    state : dict
-        State of an estimator, to be pickled.
-
-    Returns
-    -------
-    dict
-        A copy of the state, or the state itself where there is no network.
-    """
-    if "network_" not in state:
-        return state
-    return {**state, "network_": network_to_arrays(state["network_"])}
-
-
-def plain_parameters(estimator):
-    """Return the parameters of an estimator that are numbers, strings or tuples.
-
-    Parameters
-    ----------
-    estimator : BaseEstimator
-        An estimator in its fit.
-
-    Returns
-    -------
-    dict
-        What its network is built from, even if ``set_params`` changes it afterwards.
-    """
-    return {
-        name: value
-        for name, value in estimator.get_params(deep=False).items()
-        if isinstance(value, (Real, str, tuple, list, type(None)))
-    }
-
-
-def restore_network(estimator):
-    """Rebuild the ``network_`` of an unpickled estimator from its NumPy arrays.
-
-    Parameters
-    ----------
-    estimator : BaseEstimator
-        An estimator that has ``_build_network()``, or one that is not fitted.
-    """
-    if not hasattr(estimator, "network_"):
-        return
-    arrays = estimator.network_
-    fitted = object.__new__(type(estimator))
-    fitted.__dict__.update({**vars(estimator), **estimator._built_from})
-    with torch.device("meta"):
-        network = fitted._build_network()
-    tensors = {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
-    network.load_state_dict(tensors, assign=True)
-    estimator.network_ = channels_last(network).eval()
-
-
-def channels_last(network):
-    """Store the weights of a network's convolutions channels last, the fast layout.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-        A network whose convolutions all have two axes, or all three.
-
-    Returns
-    -------
-    torch.nn.Module
-        The network.
-    """
-    n_axes = max((parameter.ndim for parameter in network.parameters()), default=0)
-    if n_axes == 5:
-        return network.to(memory_format=torch.channels_last_3d)
-    return network.to(memory_format=torch.channels_last)
+def _to_fact(value):
+    """Return a short text that differs where values differ."""
+    if isinstance(value, np.random.RandomState):
+        return "a RandomState"
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return str(content_checksum(value))
+    return repr(value)
 
 
 class NetworkDetector(BaseDetector):
@@ -755,6 +671,8 @@ class NetworkDetector(BaseDetector):
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left"), None],
         "warm_start": ["boolean"],
+        "checkpoint": [str, os.PathLike, None],
+        "checkpoint_every": [Interval(Integral, 1, None, closed="left")],
     }
 
     _weight_decay = 0.0
@@ -780,9 +698,56 @@ class NetworkDetector(BaseDetector):
     def _scheduler(self, optimizer):
         return None
 
+    # private attributes of a fit that a training goes on from
+    _kept_names = ("_seed", "_built_from")
+    _checkpoint = None
+    _loop_state = None
+
     @property
     def _goes_on(self):
-        return self.warm_start and hasattr(self, "network_")
+        continues = self.warm_start or self._loop_state is not None
+        return continues and hasattr(self, "network_")
+
+    def _facts(self, images, labels):
+        """Return what the fit depends on, as strings by name."""
+        facts = {
+            name: _to_fact(value)
+            for name, value in self.get_params(deep=False).items()
+            if name not in ("checkpoint", "checkpoint_every", "verbose", "warm_start")
+        }
+        facts["images"] = f"{len(images)} of checksum " + _to_fact(images.array)
+        facts["labels"] = _to_fact(labels)
+        return {"method": type(self).__name__, **facts}
+
+    def _resume(self, images, labels):
+        for name in ("_checkpoint", "_loop_state"):
+            self.__dict__.pop(name, None)
+        if self.checkpoint is None:
+            return
+        facts = self._facts(images, labels)
+        self._checkpoint = Checkpoint(self.checkpoint, self.checkpoint_every, facts)
+        saved = self._checkpoint.load()
+        if saved is not None:
+            state, self._loop_state = saved
+            vars(self).update(state)
+            self._restore_network(self.network_)
+            self._optimizers = {}
+
+    def _keep(self, n_epochs, loop_state):
+        if n_epochs % self._checkpoint.every == 0:
+            state = {
+                name: value
+                for name, value in self.__getstate__().items()
+                if name in self._kept_names or name.endswith("_")
+            }
+            self._checkpoint.save(state, loop_state())
+
+    def _end_fit(self):
+        if self._checkpoint is not None:
+            if self._is_trained:
+                self._checkpoint.remove()
+            del self._checkpoint
+        self.__dict__.pop("_is_trained", None)
 
     def _check_X(self, X, *, reset):
         if reset and self._goes_on:
@@ -811,6 +776,7 @@ class NetworkDetector(BaseDetector):
         """Make the network, unless a warm start has one, and move it to its device."""
         if self._goes_on:
             self._check_architecture()
+            self._own_weights()
         else:
             self.network_ = self._initial_network(images)
             self.loss_curve_ = []
@@ -845,8 +811,9 @@ class NetworkDetector(BaseDetector):
     def _train(self, images, labels, *, loss_curve, **settings):
         """Train with the settings of the estimator; return whether it was finished."""
         torch.manual_seed(self._seed + len(loss_curve))
+        resumed = self.__dict__.pop("_loop_state", None)
         try:
-            return train(
+            self._is_trained = train(
                 self.network_,
                 images,
                 None if labels is None else torch.from_numpy(labels),
@@ -859,14 +826,21 @@ class NetworkDetector(BaseDetector):
                 seed=self._seed,
                 precision=self.precision,
                 verbose=self.verbose,
+                resumed=resumed,
+                keep=None if self._checkpoint is None else self._keep,
                 **settings,
             )
+            return self._is_trained
         finally:
             self.n_iter_ = len(self.loss_curve_)
 
     def __getstate__(self):
         state = super().__getstate__()
-        return {name: value for name, value in state.items() if name != "_optimizers"}
+        return {
+            name: value
+            for name, value in state.items()
+            if name not in ("_optimizers", "_checkpoint", "_loop_state")
+        }
 
     def __setstate__(self, state):
         super().__setstate__(state)

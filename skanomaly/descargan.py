@@ -190,6 +190,12 @@ class DeScarGAN(NetworkDetector):
         Seed of the initial weights, the order of the images and the noise.
     warm_start : bool, default=False
         Whether a second fit continues the training of the first.
+    checkpoint : str or path-like, default=None
+        File to which the training writes its progress. A fit that was killed goes on
+        from it if it is started again with the same parameters and images, and ends as
+        if it had not been. A fit that comes to its end removes the file.
+    checkpoint_every : int, default=10
+        Number of epochs between two writings of the file.
     verbose : int, default=0
         Whether to show a progress bar.
 
@@ -292,6 +298,8 @@ class DeScarGAN(NetworkDetector):
         device="auto",
         random_state=None,
         warm_start=False,
+        checkpoint=None,
+        checkpoint_every=10,
         verbose=0,
     ):
         self.n_critic = n_critic
@@ -314,6 +322,8 @@ class DeScarGAN(NetworkDetector):
         self.device = device
         self.random_state = random_state
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.verbose = verbose
 
     def __sklearn_tags__(self):

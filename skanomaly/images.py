@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import uuid
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
@@ -19,6 +18,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from .base import check_images, resolve_device
+from .checkpoint import replacing
 
 __all__ = ["CenterCropImages", "LoadImages", "ResizeImages", "ToDevice"]
 
@@ -321,9 +321,8 @@ def _write_array(path, shape, images):
 
     Plain writes, since a full disk would kill a process that writes to a memory map.
     """
-    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    try:
+    with replacing(path) as temporary:
         with _named_write_errors(path, shape), open(temporary, "xb") as file:
             np.lib.format.write_array_header_1_0(file, header)
         with open(temporary, "ab", buffering=0) as file:
@@ -332,9 +331,6 @@ def _write_array(path, shape, images):
                     _write_all(file, image)
             with _named_write_errors(path, shape):
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_all(file, image):

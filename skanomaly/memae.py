@@ -170,6 +170,12 @@ class MemAE(NetworkDetector):
         Seed of the initial weights and the order of the images.
     warm_start : bool, default=False
         Whether a second fit continues the training of the first.
+    checkpoint : str or path-like, default=None
+        File to which the training writes its progress. A fit that was killed goes on
+        from it if it is started again with the same parameters and images, and ends as
+        if it had not been. A fit that comes to its end removes the file.
+    checkpoint_every : int, default=10
+        Number of epochs between two writings of the file.
     verbose : int, default=0
         Whether to show a progress bar.
 
@@ -268,6 +274,8 @@ class MemAE(NetworkDetector):
         device="auto",
         random_state=None,
         warm_start=False,
+        checkpoint=None,
+        checkpoint_every=10,
         verbose=0,
     ):
         self.n_items = n_items
@@ -287,6 +295,8 @@ class MemAE(NetworkDetector):
         self.device = device
         self.random_state = random_state
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.verbose = verbose
 
     @property

@@ -17,6 +17,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from .base import AnnotatedImages, NetworkDetector
+from .checkpoint import content_checksum
 from .images import LoadImages, ResizeImages, image_files
 from .networks import (
     PatchCritic,
@@ -165,6 +166,12 @@ class PNet(NetworkDetector):
         Seed of the initial weights and the order of the images.
     warm_start : bool, default=False
         Whether a second fit continues the training of the first.
+    checkpoint : str or path-like, default=None
+        File to which the training writes its progress. A fit that was killed goes on
+        from it if it is started again with the same parameters and images, and ends as
+        if it had not been. A fit that comes to its end removes the file.
+    checkpoint_every : int, default=10
+        Number of epochs between two writings of the file.
     verbose : int, default=0
         Whether to show a progress bar.
 
@@ -277,6 +284,8 @@ class PNet(NetworkDetector):
         device="auto",
         random_state=None,
         warm_start=False,
+        checkpoint=None,
+        checkpoint_every=10,
         verbose=0,
     ):
         self.structure = structure
@@ -299,6 +308,8 @@ class PNet(NetworkDetector):
         self.device = device
         self.random_state = random_state
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.verbose = verbose
 
     def _build_network(self):
@@ -311,6 +322,18 @@ class PNet(NetworkDetector):
                 "critic": PatchCritic(channels, self.critic_width),
             }
         )
+
+    _kept_names = (*NetworkDetector._kept_names, "_knows_structure")
+
+    def _facts(self, images, labels):
+        given = dict(
+            zip(("structure_images", "structure_masks"), self._given, strict=True)
+        )
+        sums = {
+            name: None if array is None else content_checksum(array)
+            for name, array in given.items()
+        }
+        return {**super()._facts(images, labels), **sums}
 
     def _optimizer(self, part):
         rate = self.learning_rate / (10 if isinstance(part, PatchCritic) else 1)

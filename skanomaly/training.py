@@ -79,6 +79,8 @@ def train(
     seed=0,
     precision="float32",
     verbose=0,
+    resumed=None,
+    keep=None,
 ):
     """Train a network by the losses that a generator yields.
 
@@ -126,6 +128,12 @@ def train(
         Precision of the network calls.
     verbose : int, default=0
         Whether to show a progress bar.
+    resumed : dict, default=None
+        What ``keep`` was given by a training that did not come to its end. This one
+        goes on from there, exactly; the weights and the curves are the caller's.
+    keep : callable, default=None
+        ``keep(n_epochs, state)`` is called after each epoch with the number of epochs
+        of this call and a function that returns what a training needs to go on.
 
     Returns
     -------
@@ -164,7 +172,23 @@ def train(
     started = time.monotonic()
     progress = tqdm(total=max_epochs, unit="epoch", disable=not verbose)
     lowest, best_weights, n_epochs_since = math.inf, None, 0
+    n_epochs = 0
     network.train()
+
+    def state():
+        names = {part: name for name, part in network.named_modules()}
+        return {
+            "n_epochs": n_epochs,
+            "early_stop": (lowest, best_weights, n_epochs_since),
+            "optimizers": {
+                names[part]: (
+                    optimizers[part].state_dict(),
+                    None if schedule is None else schedule.state_dict(),
+                )
+                for part, schedule in schedulers.items()
+            },
+            "generators": _generator_states(),
+        }
 
     def validate():
         with seeded(seed):
@@ -174,9 +198,19 @@ def train(
         return _finite_mean(total, len(held_out), "validation", loss_curve)
 
     try:
-        if loss_curve and n_iter_no_change is not None:
+        if resumed is not None:
+            n_epochs = resumed["n_epochs"]
+            lowest, best_weights, n_epochs_since = resumed["early_stop"]
+            for name, (kept, schedule) in resumed["optimizers"].items():
+                part = network.get_submodule(name)
+                optimizer_of(part).load_state_dict(kept)
+                if schedule is not None:
+                    schedulers[part].load_state_dict(schedule)
+            _restore_generators(resumed["generators"])
+            progress.update(n_epochs)
+        elif loss_curve and n_iter_no_change is not None:
             lowest, best_weights = validate(), copy.deepcopy(network.state_dict())
-        for _ in range(max_epochs):
+        while n_epochs < max_epochs:
             total = 0.0
             order = rows[torch.randperm(len(rows)).numpy()]
             for indices in np.array_split(order, n_batches):
@@ -198,17 +232,18 @@ def train(
                     schedule.step()
             progress.set_postfix(loss=f"{mean:.4g}", refresh=False)
             progress.update()
-            if n_iter_no_change is None:
-                continue
-
-            mean = validate()
-            validation_curve.append(mean)
-            n_epochs_since += 1
-            if mean < lowest:
-                lowest, n_epochs_since = mean, 0
-                best_weights = copy.deepcopy(network.state_dict())
-            if n_epochs_since >= n_iter_no_change:
-                break
+            n_epochs += 1
+            if n_iter_no_change is not None:
+                mean = validate()
+                validation_curve.append(mean)
+                n_epochs_since += 1
+                if mean < lowest:
+                    lowest, n_epochs_since = mean, 0
+                    best_weights = copy.deepcopy(network.state_dict())
+                if n_epochs_since >= n_iter_no_change:
+                    break
+            if keep is not None:
+                keep(n_epochs, state)
     except KeyboardInterrupt:
         warnings.warn(
             f"Training was interrupted after {len(loss_curve)} epochs; the estimator "
@@ -222,6 +257,19 @@ def train(
         if best_weights is not None:
             network.load_state_dict(best_weights)
     return True
+
+
+def _generator_states():
+    """Return the states of torch's generators."""
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), on_devices
+
+
+def _restore_generators(states):
+    own, on_devices = states
+    torch.set_rng_state(own)
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(on_devices)
 
 
 def _hold_out(n_images, validation_fraction, n_iter_no_change, seed):

@@ -336,6 +336,19 @@ def test_pickle_in_a_fresh_process(cls, fitted, reloaded):
 
 
 @pytest.mark.parametrize("cls", DETECTORS)
+def test_skops_asks_for_trust_in_our_own_types_only(cls, fitted):
+    skops = pytest.importorskip("skops.io")
+    content = skops.dumps(fitted[cls])
+    types = skops.get_untrusted_types(data=content)
+    assert types
+    assert all(name.startswith("skanomaly.") for name in types)
+    X = striped(3, seed=1)
+    loaded = skops.loads(content, trusted=types)
+    np.testing.assert_array_equal(loaded.score_samples(X), fitted[cls].score_samples(X))
+    np.testing.assert_array_equal(loaded.localize(X), fitted[cls].localize(X))
+
+
+@pytest.mark.parametrize("cls", DETECTORS)
 def test_pickle_holds_no_torch_storage(cls, fitted):
     assert b"torch.storage" not in pickle.dumps(fitted[cls])
 
@@ -446,6 +459,35 @@ def test_warm_start_goes_on(cls):
     with pytest.raises(ValueError, match="warm_start"):
         detector.fit(X[:, :16], y)
     assert detector.localize(X).shape == X.shape[:3]
+
+
+@pytest.mark.parametrize("cls", NETWORK_DETECTORS)
+def test_a_fit_that_was_killed_goes_on_from_its_checkpoint(cls, monkeypatch, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    losses = cls._losses
+
+    def killing(self, network, batch):
+        if len(self.loss_curve_) == 3:
+            raise Killed
+        yield from losses(self, network, batch)
+
+    X, y = striped(8), labels_for(cls, 8)
+    expected = small(cls, max_epochs=4).fit(X, y)
+    file = tmp_path / "progress"
+    settings = {"max_epochs": 4, "checkpoint": file, "checkpoint_every": 2}
+    monkeypatch.setattr(cls, "_losses", killing)
+    with pytest.raises(Killed):
+        small(cls, **settings).fit(X, y)
+    assert file.exists()
+    monkeypatch.undo()
+    detector = small(cls, **settings).fit(X, y)
+    assert not file.exists()
+    assert detector.loss_curve_ == expected.loss_curve_
+    np.testing.assert_array_equal(detector.localize(X), expected.localize(X))
+    np.testing.assert_array_equal(detector.score_samples(X), expected.score_samples(X))
+    assert detector.offset_ == expected.offset_
 
 
 # a parameter of the network's shape, and one that does not show in its weights

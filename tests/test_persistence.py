@@ -1,0 +1,134 @@
+"""Files of fitted estimators: portable, shared, checked."""
+
+import pickle
+import sys
+import warnings
+
+import joblib
+import numpy as np
+import pytest
+import torch
+
+import skanomaly
+from skanomaly import MNAD, Autoencoder, MemAE
+
+
+def random_images(n, seed=0):
+    return np.random.default_rng(seed).random((n, 32, 32, 1))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    detector = Autoencoder(code_size=8, width=8, max_epochs=2, random_state=0)
+    return detector.fit(random_images(8))
+
+
+def mapped_files():
+    """Return the address ranges of this process that are mapped from files."""
+    ranges = []
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6:
+                start, stop = (int(part, 16) for part in fields[0].split("-"))
+                ranges.append((start, stop, fields[5].strip()))
+    return ranges
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_share_the_weights_of_a_mapped_file(fitted, tmp_path):
+    file = tmp_path / "detector.joblib"
+    joblib.dump(fitted, file)
+    shared, own = joblib.load(file, mmap_mode="r"), joblib.load(file)
+    X = random_images(3, seed=1)
+    np.testing.assert_array_equal(shared.localize(X), fitted.localize(X))
+    ranges = [(a, b) for a, b, path in mapped_files() if path == str(file)]
+
+    def share(detector):
+        return [
+            any(a <= tensor.data_ptr() < b for a, b in ranges)
+            for tensor in detector.network_.parameters()
+        ]
+
+    assert all(share(shared))
+    assert not any(share(own))
+
+
+@pytest.mark.parametrize(
+    "detector",
+    [
+        Autoencoder(code_size=8, width=4, max_epochs=1),
+        MemAE(n_items=8, channels=(4, 8), max_epochs=1),
+        MNAD(width=4, max_epochs=1, update_at_test=True),
+    ],
+    ids=lambda detector: type(detector).__name__,
+)
+def test_training_goes_on_from_a_mapped_file_without_writing_into_it(
+    detector, tmp_path
+):
+    X, file = random_images(8), tmp_path / "detector.joblib"
+    detector.set_params(warm_start=True, random_state=0).fit(X)
+    joblib.dump(detector, file)
+    content = file.read_bytes()
+    shared, own = joblib.load(file, mmap_mode="r"), joblib.load(file)
+    np.testing.assert_array_equal(shared.score_samples(X), own.score_samples(X))
+    np.testing.assert_array_equal(
+        shared.fit(X).score_samples(X), own.fit(X).score_samples(X)
+    )
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_refused(share, fitted, tmp_path):
+    for name, dump, load in (
+        ("a.joblib", joblib.dump, joblib.load),
+        (
+            "a.pkl",
+            lambda estimator, file: file.write_bytes(pickle.dumps(estimator)),
+            lambda file: pickle.loads(file.read_bytes()),
+        ),
+    ):
+        file = tmp_path / name
+        dump(fitted, file)
+        content = file.read_bytes()
+        file.write_bytes(content[: int(share * len(content))])
+        with pytest.raises((EOFError, ValueError, pickle.UnpicklingError)):
+            load(file)
+
+
+def test_a_changed_weight_is_noticed(fitted, tmp_path):
+    state = fitted.__getstate__()
+    name = "encoder.0.weight"
+    weight = state["network_"][name].copy()
+    weight.flat[3] += 1e-3
+    file = tmp_path / "detector.joblib"
+    joblib.dump(fitted, file)
+    content = file.read_bytes()
+    old = state["network_"][name].tobytes()
+    assert content.count(old) == 1
+    file.write_bytes(content.replace(old, weight.tobytes()))
+    with pytest.raises(ValueError, match="file of this Autoencoder is damaged"):
+        joblib.load(file)
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [(skanomaly, "skanomaly"), (torch, "torch")],
+)
+def test_other_versions_warn_with_both(module, package, fitted, monkeypatch):
+    content = pickle.dumps(fitted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pickle.loads(content)
+    now = module.__version__.partition("+")[0]
+    monkeypatch.setattr(module, "__version__", "99.1+cpu")
+    with pytest.warns(UserWarning, match=rf"saved with {package} {now} \(now 99\.1"):
+        loaded = pickle.loads(content)
+    X = random_images(2)
+    np.testing.assert_array_equal(loaded.score_samples(X), fitted.score_samples(X))
+
+
+def test_unfitted_estimators_have_no_such_notes():
+    detector = Autoencoder(width=4)
+    assert detector.__getstate__() == vars(detector)
+    assert pickle.loads(pickle.dumps(detector)).get_params() == detector.get_params()
