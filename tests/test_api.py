@@ -14,6 +14,7 @@ MODULES = [
     "images",
     "metrics",
     "model_selection",
+    "onnx",
     "pipeline",
 ]
 

@@ -1,0 +1,136 @@
+"""Exported detectors give the maps and scores of the originals."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import NotFittedError
+from sklearn.pipeline import make_pipeline
+
+import skanomaly
+from skanomaly import (
+    MNAD,
+    SPADE,
+    Autoencoder,
+    DifferNet,
+    MemAE,
+    ResizeImages,
+    ThresholdCalibrator,
+)
+from skanomaly.onnx import export
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+BACKBONE = {"backbone": "shufflenet_v2_x0_5", "weights": None}
+TRAINED = {"max_epochs": 1, "n_iter_no_change": None}
+
+EXPORTABLE = [
+    ("Autoencoder", {"code_size": 8, "width": 4, **TRAINED}),
+    ("Autoencoder", {"loss": "l2", "patch_size": 24, "width": 4, **TRAINED}),
+    ("VariationalAutoencoder", {"code_size": 8, "width": 4, **TRAINED}),
+    ("MemAE", {"n_items": 8, "channels": (4, 8), **TRAINED}),
+    ("MNAD", {"width": 4, **TRAINED}),
+    ("DRAEM", {"reconstructive_width": 4, "discriminative_width": 4, **TRAINED}),
+    ("RIAD", {"cell_sizes": (2, 8), "width": 4, **TRAINED}),
+    ("SCADN", {"width": 4, "n_blocks": 1, "critic_width": 4, **TRAINED}),
+    (
+        "InTra",
+        {"patch_size": 8, "window_size": 3, "width": 16, "n_heads": 2, "n_blocks": 2}
+        | TRAINED,
+    ),
+    ("PNet", {"structure_epochs": 1, "width": 4, "critic_width": 4, **TRAINED}),
+    ("DeScarGAN", {"image_score": "map", "width": 4, "critic_width": 4, **TRAINED}),
+    ("SPADE", {"layers": ("stage2", "stage3"), "n_neighbors": 3, **BACKBONE}),
+    (
+        "SPADE",
+        {"layers": ("stage2",), "gallery_size": 4, "n_pixel_neighbors": 3}
+        | {"image_score": "max", **BACKBONE},
+    ),
+]
+
+
+def images(n, size=40, channels=3, seed=0):
+    rng = np.random.default_rng(seed)
+    waves = 128 + 60 * np.sin(np.arange(size) / 3)[:, None, None]
+    noise = rng.normal(0, 20, (n, size, size, channels))
+    return (waves + noise).clip(0, 255).astype(np.uint8)
+
+
+def run(path, X):
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(["maps", "scores"], {"images": X}), session
+
+
+@pytest.mark.parametrize(("name", "settings"), EXPORTABLE)
+def test_maps_and_scores_are_those_of_the_detector(name, settings, tmp_path):
+    X, X_test = images(12), images(2, seed=1)
+    y = np.where(np.arange(12) % 2, -1, 1) if name == "DeScarGAN" else None
+    detector = getattr(skanomaly, name)(random_state=0, **settings).fit(X, y)
+    export(detector, tmp_path / "detector.onnx", batch_size=2)
+    (maps, scores), session = run(tmp_path / "detector.onnx", X_test)
+    expected = detector.localize(X_test)
+    scale = np.abs(expected).max()
+    # MNAD's scores are relative to the narrow range of the training images
+    rtol = 1e-3 if name == "MNAD" else 1e-4
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-4 * scale)
+    np.testing.assert_allclose(
+        scores, detector.score_samples(X_test), rtol=rtol, atol=1e-4 * scale
+    )
+    properties = session.get_modelmeta().custom_metadata_map
+    assert properties["method"] == name
+    assert float(properties["offset"]) == detector.offset_
+    assert float(properties["map_threshold"]) == detector.map_threshold_
+    # the export left the detector as it was
+    np.testing.assert_array_equal(detector.localize(X_test), expected)
+
+
+def test_thresholds_of_a_calibrator_are_exported(tmp_path):
+    X = images(12, channels=1)
+    detector = Autoencoder(code_size=8, width=4, random_state=0, **TRAINED)
+    calibrator = ThresholdCalibrator(detector, false_positive_rate=0.2, cv=3).fit(X)
+    export(calibrator, tmp_path / "detector.onnx")
+    (_, scores), session = run(tmp_path / "detector.onnx", X[:1])
+    offset = float(session.get_modelmeta().custom_metadata_map["offset"])
+    assert offset == calibrator.offset_
+    assert scores[0] == pytest.approx(calibrator.score_samples(X[:1])[0], rel=1e-3)
+
+
+def test_what_cannot_be_exported_says_why(tmp_path):
+    X, path = images(6, size=32), tmp_path / "detector.onnx"
+    path.write_text("old")
+    differnet = DifferNet(
+        backbone="resnet18",
+        layer="layer1",
+        weights=None,
+        n_scales=1,
+        n_blocks=1,
+        hidden_features=4,
+        n_transforms_test=2,
+        max_epochs=1,
+    ).fit(X)
+    with pytest.raises(TypeError, match="DifferNet cannot be exported: its maps are"):
+        export(differnet, path)
+    spade = SPADE(layers=("stage2",), gallery_size=0, n_neighbors=2, **BACKBONE).fit(X)
+    with pytest.raises(TypeError, match=r"SPADE cannot be exported.*no gallery"):
+        export(spade, path)
+    with pytest.raises(TypeError, match="Pipeline is no detector"):
+        export(make_pipeline(ResizeImages(size=8), spade), path)
+    clips = np.stack([X[:, :16, :16]] * 2, axis=1)
+    clip_detector = MemAE(clip_length=2, channels=(2, 2), n_items=4, max_epochs=1)
+    with pytest.raises(ValueError, match="MemAE has learned from clips"):
+        export(clip_detector.fit(clips), path)
+    with pytest.raises(NotFittedError):
+        export(MNAD(), path)
+    assert path.read_text() == "old"
+
+
+def test_draws_outside_are_not_touched(tmp_path):
+    X = images(6, size=32)
+    detector = skanomaly.RIAD(cell_sizes=(4,), width=2, random_state=0, **TRAINED)
+    detector.fit(X)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    export(detector, tmp_path / "detector.onnx")
+    assert torch.equal(torch.rand(3), expected)
