@@ -330,7 +330,9 @@ def frame_roc_auc_score(y_true, scores, video):
 def anomaly_roc_auc(estimator, X, y):
     """Score a detector by the area under the ROC curve of images.
 
-    For the argument ``scoring`` of scikit-learn's searches and cross-validations.
+    For the argument ``scoring`` of scikit-learn's searches and cross-validations. The
+    training folds of one-class learning hold one label only and have no such score:
+    `sklearn.model_selection.HalvingGridSearchCV` needs ``return_train_score=False``.
 
     Parameters
     ----------
