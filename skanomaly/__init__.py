@@ -16,8 +16,7 @@ from .riad import RIAD
 from .scadn import SCADN
 from .smai import SMAI
 from .spade import SPADE
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     # detectors on pretrained features

@@ -9,6 +9,8 @@ import numpy as np
 import sklearn
 import torch
 
+from . import version
+
 
 class PersistentNetwork:
     """Mixin of estimators that may hold a ``network_``.
@@ -78,10 +80,8 @@ class PersistentNetwork:
 
 
 def _versions():
-    from . import __version__
-
     return {
-        "skanomaly": __version__,
+        "skanomaly": version.__version__,
         "torch": torch.__version__.partition("+")[0],
         "scikit-learn": sklearn.__version__,
     }

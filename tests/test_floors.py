@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "skanomaly"
 
 FLOORS = [  # from the ground up; modules of one floor do not import each other
-    {"filters"},
-    {"losses", "masking", "metrics", "neighbors", "networks", "synthesis"},
-    {"training"},
+    {"filters", "version"},
+    {"losses", "masking", "neighbors", "networks", "synthesis"},
+    {"checkpoint", "persistence", "training"},
     {"base"},
     {"backbones", "images"},
     {
@@ -27,13 +27,14 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
         "smai",
         "spade",
     },
-    {"datasets", "display", "model_selection", "pipeline"},
+    {"calibration", "datasets", "display", "metrics", "model_selection", "pipeline"},
+    {"onnx"},
     {"__init__"},
 ]
 FLOOR_OF = {module: i for i, floor in enumerate(FLOORS) for module in floor}
 
 # Imported only inside the functions that need them.
-LATE = {"matplotlib", "pynndescent", "skimage", "torchvision"}
+LATE = {"matplotlib", "onnx", "onnxscript", "pynndescent", "skimage", "torchvision"}
 
 TREES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import skanomaly
-from skanomaly import MNAD, Autoencoder, MemAE
+from skanomaly import MNAD, Autoencoder, MemAE, version
 
 
 def random_images(n, seed=0):
@@ -113,7 +112,7 @@ def test_a_changed_weight_is_noticed(fitted, tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "package"),
-    [(skanomaly, "skanomaly"), (torch, "torch")],
+    [(version, "skanomaly"), (torch, "torch")],
 )
 def test_other_versions_warn_with_both(module, package, fitted, monkeypatch):
     content = pickle.dumps(fitted)
