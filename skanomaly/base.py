@@ -506,21 +506,30 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         """
         return self.fit(X, y, **fit_params).predict(X)
 
-    def localize(self, X):
+    def localize(self, X, *, out=None):
         """Map where images are anomalous.
 
         Parameters
         ----------
         X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
             Images of the shape seen in fit.
+        out : numpy.ndarray of shape (n, H, W), default=None
+            Array of floating-point numbers to write the maps into, batch by batch, such
+            as a `numpy.memmap` for more maps than memory holds. None makes a new one.
 
         Returns
         -------
         numpy.ndarray of shape (n, H, W)
-            Anomaly maps, float32, high where anomalous.
+            Anomaly maps, float32 unless `out` is of another type, high where anomalous.
         """
         images = self._images(X)
-        result = np.empty((len(images), *self._map_shape), np.float32)
+        shape = (len(images), *self._map_shape)
+        result = np.empty(shape, np.float32) if out is None else out
+        if result.shape != shape or result.dtype.kind != "f":
+            raise ValueError(
+                f"out has shape {result.shape} and type {result.dtype}, but the maps "
+                f"are of shape {shape} and floating-point."
+            )
         for rows, _, maps in self._evaluate(images, maps_wanted=True):
             result[rows] = maps
         return result
