@@ -19,6 +19,7 @@ from sklearn.utils.validation import (
 
 from .checkpoint import Checkpoint, content_checksum
 from .persistence import PersistentNetwork, channels_last, plain_parameters
+from .processes import Processes
 from .training import autocast, seeded, train
 
 BYTE_LIKE = 100
@@ -434,7 +435,8 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         if not self._goes_on:
             self.__dict__.pop("network_", None)
             self._built_from = plain_parameters(self)
-            self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+            seed = check_random_state(self.random_state).randint(2**31 - 1)
+            self._seed = int(Processes().of_first(torch.tensor(seed)))
         with seeded(self._seed):
             self._fit(images, labels)
         self._set_thresholds(images)

@@ -20,6 +20,7 @@ from .backbones import Backbone, check_channels, make_backbone
 from .base import BaseDetector, resolve_device
 from .filters import gaussian_blur
 from .neighbors import ApproximateIndex, nearest_distances
+from .processes import Processes
 from .training import autocast
 
 SIGMA_IMAGE_SIZE = 224
@@ -275,13 +276,16 @@ class SPADE(BaseDetector):
         else:
             self._stored_layers = images.array.dtype.names
 
-        n, n_done = len(images), 0
+        n = len(images)
+        processes = Processes()
+        shares = processes.shares(list(gen_batches(n, self.batch_size)))
+        own = shares[processes.rank]
         self.gallery_ = {}
         with tqdm(total=n, unit="image", disable=not self.verbose) as progress:
-            for rows in gen_batches(n, self.batch_size):
+            for rows in own:
                 with torch.inference_mode(), autocast(images.device, self.precision):
                     features, pooled = self._features(images[rows])
-                if n_done == 0:
+                if rows == own[0]:
                     self.embeddings_ = np.empty((n, pooled.shape[1]), np.float32)
                     self.gallery_ = {
                         layer: np.empty((n, *_as_rows(features[layer]).shape[1:]), "f4")
@@ -290,8 +294,9 @@ class SPADE(BaseDetector):
                 self.embeddings_[rows] = pooled.cpu()
                 for layer, gallery in self.gallery_.items():
                     gallery[rows] = _as_rows(features[layer]).cpu()
-                n_done += len(pooled)
                 progress.update(len(pooled))
+        for array in (self.embeddings_, *self.gallery_.values()):
+            processes.gather(shares, array)
         if self.algorithm == "nndescent":
             self.indices_ = {
                 layer: ApproximateIndex(

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .processes import Processes
+
 FIRST_SECONDS = 60
 LONG_FIT_SECONDS = 3600
 
@@ -165,8 +167,10 @@ def train(
             schedulers[part] = scheduler(kept)
         return optimizers[part]
 
+    processes = Processes()
     rows, held_out = _hold_out(len(images), validation_fraction, n_iter_no_change, seed)
     n_batches = _count_batches(len(rows), batch_size)
+    processes.check_batches(len(rows) // n_batches)
     first_step = step = len(loss_curve) * n_batches
     long_fit_checked = bool(verbose)
     started = time.monotonic()
@@ -195,6 +199,7 @@ def train(
             total = _validate(
                 network, images, labels, held_out, losses, batch_size, precision
             )
+        total = processes.mean(total)
         return _finite_mean(total, len(held_out), "validation", loss_curve)
 
     try:
@@ -210,14 +215,20 @@ def train(
             progress.update(n_epochs)
         elif loss_curve and n_iter_no_change is not None:
             lowest, best_weights = validate(), copy.deepcopy(network.state_dict())
+        for tensor in network.state_dict().values():
+            processes.of_first(tensor)
+        processes.seed_apart()
         while n_epochs < max_epochs:
             total = 0.0
-            order = rows[torch.randperm(len(rows)).numpy()]
-            for indices in np.array_split(order, n_batches):
-                batch = _batch(images, labels, indices, step)
-                total = total + _train_step(
-                    losses(network, batch), optimizer_of, batch.images.device, precision
-                )
+            order = processes.of_first(torch.randperm(len(rows))).numpy()
+            for indices in np.array_split(rows[order], n_batches):
+                share, weight = processes.share(indices)
+                batch = _batch(images, labels, share, step)
+                steps = losses(network, batch)
+                for part, loss in _in_precision(steps, batch, precision):
+                    loss = processes.joined(part, weight * loss)
+                    _descend(loss, optimizer_of(part))
+                    total = total + loss.detach()
                 step += 1
                 elapsed = time.monotonic() - started
                 if not long_fit_checked and elapsed > FIRST_SECONDS:
@@ -225,6 +236,9 @@ def train(
                     _warn_if_long(
                         elapsed * max_epochs * n_batches / (step - first_step)
                     )
+            for buffer in network.buffers():
+                processes.of_first(buffer)
+            total = processes.mean(total)
             mean = _finite_mean(total, n_batches, "training", loss_curve)
             loss_curve.append(mean)
             for schedule in schedulers.values():
@@ -242,7 +256,7 @@ def train(
                     best_weights = copy.deepcopy(network.state_dict())
                 if n_epochs_since >= n_iter_no_change:
                     break
-            if keep is not None:
+            if keep is not None and processes.rank == 0:
                 keep(n_epochs, state)
     except KeyboardInterrupt:
         warnings.warn(
@@ -320,21 +334,23 @@ def _validate(network, images, labels, rows, losses, batch_size, precision):
     return total
 
 
-def _train_step(steps, optimizer_of, device, precision):
-    """Take the optimiser steps that a generator of losses asks for; sum the losses."""
-    total = 0.0
+def _in_precision(steps, batch, precision):
+    """Run a generator of losses under autocast, and what is done with them outside."""
     while True:
-        with autocast(device, precision):
+        with autocast(batch.images.device, precision):
             part, loss = next(steps, (None, None))
         if part is None:
-            return total
-        optimizer = optimizer_of(part)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(
-            inputs=[p for group in optimizer.param_groups for p in group["params"]]
-        )
-        optimizer.step()
-        total = total + loss.detach()
+            return
+        yield part, loss
+
+
+def _descend(loss, optimizer):
+    """Take a step of an optimiser, which touches its own parameters only."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(
+        inputs=[p for group in optimizer.param_groups for p in group["params"]]
+    )
+    optimizer.step()
 
 
 def _warn_if_long(seconds):

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "skanomaly"
 
 FLOORS = [  # from the ground up; modules of one floor do not import each other
-    {"filters", "version"},
+    {"filters", "processes", "version"},
     {"losses", "masking", "neighbors", "networks", "synthesis"},
     {"checkpoint", "persistence", "training"},
     {"base"},

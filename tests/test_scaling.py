@@ -1,8 +1,12 @@
 """More images than memory holds, and more than one machine."""
 
+import subprocess
+import sys
+
 import joblib
 import numpy as np
 import pytest
+import torch
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
 from skanomaly import SPADE, Autoencoder
@@ -84,3 +88,69 @@ def test_a_search_on_a_cluster_of_processes_gives_the_same_numbers(cluster):
     with joblib.parallel_config(backend="dask"):
         found = cross_val_score(detector, X, y, **scoring)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+TOGETHER = """
+import sys
+import numpy as np
+import torch
+from skanomaly import RIAD, SPADE, Autoencoder
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+X = np.random.default_rng(0).integers(0, 256, (22, 24, 24, 3), dtype=np.uint8)
+# random_state=None: all processes are to draw the same seed
+autoencoder = Autoencoder(code_size=4, width=4, batch_size=8, max_epochs=3)
+curve = autoencoder.set_params(random_state=0).fit(X).loss_curve_
+scores = autoencoder.score_samples(X)
+normed = RIAD(cell_sizes=(2,), width=4, batch_size=8, max_epochs=2).fit(X)
+spade = SPADE(
+    backbone="shufflenet_v2_x0_5", layers=("stage2",), weights=None, random_state=0,
+    gallery_size=4, batch_size=8,
+).fit(X)
+np.savez(
+    f"{sys.argv[1]}/{torch.distributed.get_rank()}.npz",
+    curve=curve,
+    scores=scores,
+    normed=normed.score_samples(X),
+    gallery=spade.gallery_["stage2"],
+    embeddings=spade.embeddings_,
+)
+try:
+    Autoencoder(batch_size=2, max_epochs=1).fit(X)
+except ValueError as error:
+    assert "batch_size" in str(error)
+else:
+    assert torch.distributed.get_world_size() == 1
+torch.distributed.destroy_process_group()
+"""
+
+
+def run_together(n_processes, folder):
+    """Fit in processes of torchrun; return what each of them has."""
+    folder.mkdir()
+    (folder / "fit.py").write_text(TOGETHER)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(n_processes), folder / "fit.py", folder),
+        ],
+        check=True,
+        timeout=240,
+    )
+    return [np.load(folder / f"{rank}.npz") for rank in range(n_processes)]
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32" or not torch.distributed.is_gloo_available(),
+    reason="gloo is missing",
+)
+def test_two_processes_of_torchrun_learn_what_one_learns(tmp_path):
+    [alone] = run_together(1, tmp_path / "one")
+    first, second = run_together(2, tmp_path / "two")
+    np.testing.assert_allclose(first["curve"], alone["curve"], rtol=1e-5)
+    np.testing.assert_allclose(first["scores"], alone["scores"], rtol=1e-4)
+    for name in first.files:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    for name in ("gallery", "embeddings"):
+        np.testing.assert_array_equal(first[name], alone[name], err_msg=name)
