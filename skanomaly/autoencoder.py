@@ -247,7 +247,7 @@ class Autoencoder(_ReconstructionDetector):
         Shape (H, W, C) of the images.
     n_features_in_ : int
         H * W * C.
-    feature_names_in_ : numpy.ndarray of shape (n_features_in_,)
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
         Names of the columns; only where X was a data frame of rows.
 
     See Also
@@ -448,7 +448,7 @@ class VariationalAutoencoder(_ReconstructionDetector):
         Shape (H, W, C) of the images.
     n_features_in_ : int
         H * W * C.
-    feature_names_in_ : numpy.ndarray of shape (n_features_in_,)
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
         Names of the columns; only where X was a data frame of rows.
 
     See Also

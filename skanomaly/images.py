@@ -435,7 +435,7 @@ class ResizeImages(_ArrayTransformer):
         Shape (H, W, C) of the images seen in `fit`.
     n_features_in_ : int
         Number of values of an image, H * W * C.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Names of the columns seen in `fit`; only defined if `X` was a data frame.
 
     See Also
@@ -539,7 +539,7 @@ class CenterCropImages(_ArrayTransformer):
         Shape (H, W, C) of the images seen in `fit`.
     n_features_in_ : int
         Number of values of an image, H * W * C.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Names of the columns seen in `fit`; only defined if `X` was a data frame.
 
     See Also
@@ -646,7 +646,7 @@ class ToDevice(_ArrayTransformer):
         Shape (H, W, C) of the images seen in `fit`.
     n_features_in_ : int
         Number of values of an image, H * W * C.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Names of the columns seen in `fit`; only defined if `X` was a data frame.
 
     Examples

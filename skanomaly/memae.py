@@ -199,7 +199,7 @@ class MemAE(NetworkDetector):
         Shape (H, W, C) of the images.
     n_features_in_ : int
         H * W * C.
-    feature_names_in_ : numpy.ndarray of shape (n_features_in_,)
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
         Names of the columns; only where X was a data frame of rows.
 
     See Also

@@ -222,31 +222,28 @@ class _SPADEGraph(nn.Module):
             min(n_wanted, len(self.embeddings)), largest=False
         )
         maps = detector._maps(
-            features,
-            lambda layer, queries: torch.stack(
-                [
-                    self._search(layer, own, rows)
-                    for own, rows in zip(queries, neighbors, strict=True)
-                ]
-            ),
+            features, lambda layer, queries: self._search(layer, queries, neighbors)
         )
         embedded = features, distances, neighbors
         return maps, -detector._anomaly_scores(embedded, maps)
 
     def _search(self, layer, queries, neighbors):
-        """Return the distances (p, k) of queries (p, c) to some images' features."""
+        """Return the distances (b, p, k) of queries (b, p, c) to images' features."""
         (detector,) = self.detector
-        gallery = getattr(self, f"gallery_{layer}")
-        gallery = gallery[neighbors[: detector.gallery_size]].flatten(1, 2)  # (m, q, c)
-        n_neighbors = min(detector.n_pixel_neighbors, gallery[..., 0].numel())
-        center = gallery.mean(dim=(0, 1))
+        gallery = getattr(self, f"gallery_{layer}").flatten(1, 2)  # (n, q, c)
+        neighbors = neighbors[:, : detector.gallery_size]
+        center = gallery[neighbors[:, 0]].mean(dim=1, keepdim=True)  # (b, 1, c)
         centred, candidates = queries - center, []
-        for image in gallery:
-            other = image - center
+        for rows in neighbors.unbind(dim=1):
+            images = gallery[rows]  # (b, q, c)
+            others = images - center
             # half the squared norm of the query less half the squared distance
-            closeness = centred @ other.T - other.square().sum(dim=1) / 2
-            n_kept = min(n_neighbors + N_CANDIDATES, len(image))
-            nearest = image[closeness.topk(n_kept, dim=1).indices]  # (p, n_kept, c)
-            candidates.append((nearest - queries[:, None]).norm(dim=2))
-        distances = torch.cat(candidates, dim=1)
-        return distances.topk(n_neighbors, dim=1, largest=False).values
+            closeness = centred @ others.mT - others.square().sum(dim=2)[:, None] / 2
+            n_kept = min(detector.n_pixel_neighbors + N_CANDIDATES, images.shape[1])
+            kept = closeness.topk(n_kept, dim=2).indices  # (b, p, n_kept)
+            index = kept.flatten(1)[..., None].expand(-1, -1, images.shape[2])
+            nearest = images.gather(1, index).unflatten(1, kept.shape[1:])
+            candidates.append((nearest - queries[:, :, None]).norm(dim=3))
+        distances = torch.cat(candidates, dim=2)  # (b, p, n_images * n_kept)
+        n_neighbors = min(detector.n_pixel_neighbors, distances.shape[2])
+        return distances.topk(n_neighbors, dim=2, largest=False).values

@@ -35,7 +35,7 @@ class Pipeline(sklearn_pipeline.Pipeline):
     n_features_in_ : int
         Number of features that the first step saw in `fit`; only defined if that step
         defines it.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Names of the features that the first step saw in `fit`; only defined if that
         step defines it.
 

@@ -96,7 +96,7 @@ class SPADE(BaseDetector):
         Shape (H, W, C) of the images, or of the finest layer if X is precomputed.
     n_features_in_ : int
         Number of values an image.
-    feature_names_in_ : numpy.ndarray of shape (n_features_in_,)
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
         Names of the columns; only where X was a data frame of rows.
 
     See Also

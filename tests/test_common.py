@@ -81,19 +81,22 @@ SETTINGS = {
     "ToDevice": [{"device": "cpu"}],
 }
 
-# Scikit-learn's checks fit hundreds of images of a few pixels, at times of one.
+# Scikit-learn's checks fit hundreds of images of a few pixels, at times of one. Large
+# batches make them short.
 TINY_IMAGES = {
     # the structural similarity magnifies rounding errors by 1 / sqrt(9e-4), and these
     # checks compare scores within 1e-7
     "Autoencoder": {"loss": "l2"},
-    "DRAEM": {"reconstructive_width": 1, "discriminative_width": 2},
-    "DeScarGAN": {"width": 2, "critic_width": 2},
+    "DRAEM": {"reconstructive_width": 1, "discriminative_width": 2, "batch_size": 64},
+    "DeScarGAN": {"width": 2, "critic_width": 2, "batch_size": 64},
     "DifferNet": {"n_transforms_test": 1, "n_transforms": 1, "n_blocks": 1},
-    "PNet": {"width": 2, "critic_width": 1},
-    "RIAD": {"cell_sizes": (1,), "n_masks": 2},
-    "SCADN": {"stripes": (2,), "width": 1, "critic_width": 1},
+    "PNet": {"width": 2, "critic_width": 1, "batch_size": 64},
+    "RIAD": {"cell_sizes": (1,), "n_masks": 2, "batch_size": 64},
+    "SCADN": {"stripes": (2,), "width": 1, "critic_width": 1, "batch_size": 64},
     "InTra": {"patch_size": 1, "window_size": 1},
-    "SMAI": {"n_segments": 2},
+    "SMAI": {"n_segments": 2, "batch_size": 64},
+    "MNAD": {"batch_size": 64},
+    "SPADE": {"batch_size": 64},
 }
 
 STRUCTURED = (

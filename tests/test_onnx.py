@@ -27,12 +27,12 @@ TRAINED = {"max_epochs": 1, "n_iter_no_change": None}
 
 EXPORTABLE = [
     ("Autoencoder", {"code_size": 8, "width": 4, **TRAINED}),
-    ("Autoencoder", {"loss": "l2", "patch_size": 24, "width": 4, **TRAINED}),
+    ("Autoencoder", {"loss": "l2", "patch_size": 36, "width": 4, **TRAINED}),
     ("VariationalAutoencoder", {"code_size": 8, "width": 4, **TRAINED}),
     ("MemAE", {"n_items": 8, "channels": (4, 8), **TRAINED}),
     ("MNAD", {"width": 4, **TRAINED}),
     ("DRAEM", {"reconstructive_width": 4, "discriminative_width": 4, **TRAINED}),
-    ("RIAD", {"cell_sizes": (2, 8), "width": 4, **TRAINED}),
+    ("RIAD", {"cell_sizes": (4,), "width": 4, **TRAINED}),
     ("SCADN", {"width": 4, "n_blocks": 1, "critic_width": 4, **TRAINED}),
     (
         "InTra",
@@ -41,10 +41,14 @@ EXPORTABLE = [
     ),
     ("PNet", {"structure_epochs": 1, "width": 4, "critic_width": 4, **TRAINED}),
     ("DeScarGAN", {"image_score": "map", "width": 4, "critic_width": 4, **TRAINED}),
-    ("SPADE", {"layers": ("stage2", "stage3"), "n_neighbors": 3, **BACKBONE}),
     (
         "SPADE",
-        {"layers": ("stage2",), "gallery_size": 4, "n_pixel_neighbors": 3}
+        {"layers": ("stage2", "stage3"), "gallery_size": 5, "n_neighbors": 3}
+        | BACKBONE,
+    ),
+    (
+        "SPADE",
+        {"layers": ("stage2",), "gallery_size": 3, "n_pixel_neighbors": 3}
         | {"image_score": "max", **BACKBONE},
     ),
 ]
@@ -127,7 +131,7 @@ def test_what_cannot_be_exported_says_why(tmp_path):
 
 def test_draws_outside_are_not_touched(tmp_path):
     X = images(6, size=32)
-    detector = skanomaly.RIAD(cell_sizes=(4,), width=2, random_state=0, **TRAINED)
+    detector = skanomaly.VariationalAutoencoder(code_size=4, width=2, **TRAINED)
     detector.fit(X)
     torch.manual_seed(3)
     expected = torch.rand(3)

@@ -166,7 +166,7 @@ def test_the_extractor_learns_the_structures_of_a_source():
         image[mask] += 0.5
     X = 0.2 + 0.1 * rng.random((16, 32, 32))
     X[:, 10:12] += 0.5
-    model = detector(structure_epochs=20, width=4, learning_rate=1e-2)
+    model = detector(structure_epochs=10, width=4, learning_rate=2e-2)
     model.fit(X, structure_images=source, structure_masks=masks)
     assert model.structure_loss_curve_[-1] < model.structure_loss_curve_[0] - 0.1
     found = model._structure(torch.from_numpy(X).float()[:, None]).detach()[:, 0]

@@ -150,7 +150,7 @@ def test_flat_images_have_finite_gradients():
 def test_the_default_recipe_stops_early():
     X = np.random.default_rng(0).random((10, 24, 20, 3)).astype(np.float32)
     assert RIAD().n_iter_no_change == 20
-    model = detector(n_iter_no_change=1, max_epochs=50, learning_rate=1e-9).fit(X)
+    model = detector(n_iter_no_change=1, max_epochs=50, learning_rate=1e-12).fit(X)
     assert model.n_iter_ < 50
     assert len(model.validation_curve_) == model.n_iter_
 
