@@ -6,8 +6,6 @@ values answers that for every threshold that matters, so that no grid of thresho
 needed.
 """
 
-import math
-
 import numpy as np
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -64,8 +62,7 @@ def pixel_roc_auc_score(masks, maps):
     >>> pixel_roc_auc_score(masks, maps)
     0.875
     """
-    masks, maps = _check_masks_and_maps(masks, maps, ndim=3)
-    return _roc_auc(masks, maps)
+    return _Ranking(*_check_masks_and_maps(masks, maps, ndim=3)).roc_auc()
 
 
 def pixel_average_precision_score(masks, maps):
@@ -110,11 +107,7 @@ def pixel_average_precision_score(masks, maps):
     >>> round(pixel_average_precision_score(masks, maps), 4)
     0.8333
     """
-    masks, maps = _check_masks_and_maps(masks, maps, ndim=3)
-    normal, anomalous = _sorted_values(masks, maps)
-    n_true_positives = _n_at_least(anomalous, anomalous)
-    n_positives = n_true_positives + _n_at_least(normal, anomalous)
-    return float(np.mean(n_true_positives / n_positives))
+    return _Ranking(*_check_masks_and_maps(masks, maps, ndim=3)).average_precision()
 
 
 def pro_auc_score(masks, maps, *, max_fpr=0.3):
@@ -173,27 +166,9 @@ def pro_auc_score(masks, maps, *, max_fpr=0.3):
     >>> pro_auc_score(masks, maps, max_fpr=1.0)
     0.75
     """
-    if not 0 < max_fpr <= 1:
-        raise ValueError(f"max_fpr must lie in (0, 1], got {max_fpr!r}.")
+    _check_max_fpr(max_fpr)
     masks, maps = _check_masks_and_maps(masks, maps, ndim=3)
-    anomalous, weights = maps[masks], _region_weights(masks)
-    order = np.argsort(anomalous)
-    anomalous, weights = anomalous[order], weights[order]
-
-    # Only the highest normal pixels are false positives before the curve is cut.
-    normal = maps[~masks]
-    limit = max_fpr * normal.size
-    n_needed = math.ceil(limit)
-    normal = normal[normal >= np.partition(normal, -n_needed)[-n_needed]]
-    normal.sort()
-
-    # A pixel adds its weight to the curve while the number of false positives grows
-    # from `start` to `stop`; from there on it counts in full.
-    start, stop = _n_above(normal, anomalous), _n_at_least(normal, anomalous)
-    cut = np.clip(limit, start, stop)
-    ramp = (cut - start) ** 2 / (2 * np.maximum(stop - start, 1))
-    area = ramp + np.maximum(limit - stop, 0)
-    return float(np.average(area / limit, weights=weights))
+    return _Ranking(masks, maps).pro_auc(_region_weights(masks), max_fpr)
 
 
 def f1_max(masks, maps):
@@ -236,11 +211,55 @@ def f1_max(masks, maps):
     >>> f1_max([False, False, True, True], [0.1, 0.4, 0.3, 0.9])
     0.8
     """
-    masks, maps = _check_masks_and_maps(masks, maps)
-    normal, anomalous = _sorted_values(masks, maps)
-    n_true_positives = _n_at_least(anomalous, anomalous)
-    n_positives = n_true_positives + _n_at_least(normal, anomalous)
-    return float(np.max(2 * n_true_positives / (n_positives + anomalous.size)))
+    return _Ranking(*_check_masks_and_maps(masks, maps)).f1_max()
+
+
+def localization_scores(masks, maps, *, max_fpr=0.3):
+    """All measures of anomaly maps, at little more than the cost of one.
+
+    Parameters
+    ----------
+    masks : array-like of shape (n, H, W)
+        Ground truth, boolean or integers 0 and 1; True where a pixel is anomalous.
+    maps : array-like of shape (n, H, W)
+        Anomaly maps, high where a pixel looks anomalous. They are compared in their own
+        precision.
+    max_fpr : float, default=0.3
+        False positive rate, in (0, 1], at which the PRO curve is cut.
+
+    Returns
+    -------
+    scores : dict of str to float
+        "pixel_roc_auc", "pixel_average_precision", "pro_auc" and "f1_max", as the
+        functions of these names compute them.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, the masks are not binary, the maps are not finite, there
+        is no anomalous or no normal pixel, or `max_fpr` is outside of (0, 1].
+
+    See Also
+    --------
+    make_localization_scorer : One of them as a scorer.
+
+    Examples
+    --------
+    >>> from skanomaly.metrics import localization_scores
+    >>> masks = [[[0, 0, 1, 1]]]
+    >>> maps = [[[0.1, 0.4, 0.3, 0.9]]]
+    >>> localization_scores(masks, maps)["pixel_roc_auc"]
+    0.75
+    """
+    _check_max_fpr(max_fpr)
+    masks, maps = _check_masks_and_maps(masks, maps, ndim=3)
+    ranking = _Ranking(masks, maps)
+    return {
+        "pixel_roc_auc": ranking.roc_auc(),
+        "pixel_average_precision": ranking.average_precision(),
+        "pro_auc": ranking.pro_auc(_region_weights(masks), max_fpr),
+        "f1_max": ranking.f1_max(),
+    }
 
 
 def frame_roc_auc_score(y_true, scores, video):
@@ -324,7 +343,7 @@ def frame_roc_auc_score(y_true, scores, video):
         shifted = scores[rows].astype(np.float64)
         shifted -= shifted.min()
         normalized[rows] = shifted / (shifted.max() or 1)
-    return _roc_auc(y_true == -1, normalized)
+    return _Ranking(y_true == -1, normalized).roc_auc()
 
 
 def anomaly_roc_auc(estimator, X, y):
@@ -530,18 +549,46 @@ def _check_masks_and_maps(masks, maps, ndim=None):
     return masks, maps
 
 
-def _sorted_values(masks, maps):
-    """Ascending values of the normal and of the anomalous pixels."""
-    normal, anomalous = maps[~masks], maps[masks]
-    normal.sort()
-    anomalous.sort()
-    return normal, anomalous
+def _check_max_fpr(max_fpr):
+    if not 0 < max_fpr <= 1:
+        raise ValueError(f"max_fpr must lie in (0, 1], got {max_fpr!r}.")
 
 
-def _roc_auc(masks, maps):
-    normal, anomalous = _sorted_values(masks, maps)
-    n_false_positives = _n_above(normal, anomalous) + _n_at_least(normal, anomalous)
-    return float(1 - n_false_positives.mean() / (2 * normal.size))
+class _Ranking:
+    """How many pixels lie above each anomalous one, in ascending order of those."""
+
+    def __init__(self, masks, maps):
+        normal, anomalous = maps[~masks], maps[masks]
+        normal.sort()
+        self.order = np.argsort(anomalous)
+        anomalous = anomalous[self.order]
+        self.n_normal = normal.size
+        self.n_normal_above = _n_above(normal, anomalous)
+        self.n_normal_at_least = _n_at_least(normal, anomalous)
+        self.n_anomalous_at_least = _n_at_least(anomalous, anomalous)
+
+    def roc_auc(self):
+        n_false_positives = self.n_normal_above + self.n_normal_at_least
+        return float(1 - n_false_positives.mean() / (2 * self.n_normal))
+
+    def average_precision(self):
+        n_positives = self.n_anomalous_at_least + self.n_normal_at_least
+        return float(np.mean(self.n_anomalous_at_least / n_positives))
+
+    def f1_max(self):
+        n_positives = self.n_anomalous_at_least + self.n_normal_at_least
+        f1 = 2 * self.n_anomalous_at_least / (n_positives + self.order.size)
+        return float(f1.max())
+
+    def pro_auc(self, weights, max_fpr):
+        limit = max_fpr * self.n_normal
+        # A pixel adds its weight to the curve while the number of false positives grows
+        # from `start` to `stop`; from there on it counts in full.
+        start, stop = self.n_normal_above, self.n_normal_at_least
+        cut = np.clip(limit, start, stop)
+        ramp = (cut - start) ** 2 / (2 * np.maximum(stop - start, 1))
+        area = ramp + np.maximum(limit - stop, 0)
+        return float(np.average(area / limit, weights=weights[self.order]))
 
 
 def _n_above(values, thresholds):

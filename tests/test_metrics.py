@@ -19,6 +19,7 @@ from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from skanomaly.metrics import (
     f1_max,
     frame_roc_auc_score,
+    localization_scores,
     make_localization_scorer,
     pixel_average_precision_score,
     pixel_roc_auc_score,
@@ -146,6 +147,17 @@ def test_pro_auc_is_cut_exactly(max_fpr, n_values):
     assert pro_auc_score(masks, maps, max_fpr=max_fpr) == pytest.approx(
         expected, abs=1e-12
     )
+
+
+@pytest.mark.parametrize("max_fpr", [0.05, 0.3])
+def test_all_measures_at_once_equal_each_alone(max_fpr):
+    masks, maps = make_data(0, 20)
+    assert localization_scores(masks, maps, max_fpr=max_fpr) == {
+        "pixel_roc_auc": pixel_roc_auc_score(masks, maps),
+        "pixel_average_precision": pixel_average_precision_score(masks, maps),
+        "pro_auc": pro_auc_score(masks, maps, max_fpr=max_fpr),
+        "f1_max": f1_max(masks, maps),
+    }
 
 
 def test_pro_auc_of_one_pixel_regions_is_roc_auc():
@@ -372,7 +384,7 @@ def test_frame_roc_auc_refuses_bad_input():
 # Memory and refusals
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [*METRICS, localization_scores])
 def test_memory_is_a_small_multiple_of_the_maps(metric):
     rng = np.random.default_rng(0)
     maps = rng.random((100, 256, 256), dtype=np.float32)
@@ -385,7 +397,7 @@ def test_memory_is_a_small_multiple_of_the_maps(metric):
     assert peak < 4 * maps.nbytes
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [*METRICS, localization_scores])
 def test_bad_input_is_refused(metric):
     masks, maps = make_data(0)
     with pytest.raises(ValueError, match=r"same shape, got \(6, 10, 12\) and \(6, 10"):
@@ -408,7 +420,7 @@ def test_bad_input_is_refused(metric):
             metric(masks, maps)
 
 
-@pytest.mark.parametrize("metric", PIXEL_METRICS)
+@pytest.mark.parametrize("metric", [*PIXEL_METRICS, localization_scores])
 def test_pixel_metrics_refuse_single_images(metric):
     masks, maps = make_data(0)
     with pytest.raises(ValueError, match=r"shape \(n, H, W\), got \(10, 12\)"):
