@@ -180,7 +180,7 @@ class DeScarGAN(NetworkDetector):
         Stop after so many epochs without a lower loss of the images held out, and go
         back to the weights of the lowest. None trains all epochs on all images.
     contamination : float, default=0.01
-        Share of the training images that ``predict`` is to call anomalous.
+        Share of the healthy training images that ``predict`` is to call anomalous.
     precision : {"float32", "bfloat16"}, default="float32"
         Precision of the network; the losses are always computed in float32.
     device : str, default="auto"

@@ -3,12 +3,12 @@
 A pretrained network describes an image by the means of its feature maps at a few sizes
 of the image. An invertible network learns to map the descriptions of normal images to a
 Gaussian. Images whose descriptions, under many rotations, end up far from its centre
-are anomalous, and the gradient of that distance tells which pixels are to blame.
+are anomalous, and the gradient of their likelihood tells which pixels are to blame.
 """
 
 import math
+import os
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -279,7 +279,7 @@ class DifferNet(NetworkDetector):
     - The flow has no batch normalisation; the code builds one that it never calls.
     - The clamp's constant is 2 / pi, which the code rounds to 0.636.
     - Maps average absolute gradients over rotations and channels, without the code's
-      squares.
+      squares. They are those of pixels in [0, 1], before the backbone's scaling.
 
     Images are not resized. With AlexNet and three scales their shorter side must
     measure 252 pixels or more; the paper has 448.
@@ -319,7 +319,7 @@ class DifferNet(NetworkDetector):
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "backbone": [str],
         "layer": [str, None],
-        "weights": [str, Path, None],
+        "weights": [str, os.PathLike, None],
         "sigma": [Interval(Real, 0, None, closed="left")],
     }
 

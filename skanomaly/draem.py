@@ -7,8 +7,8 @@ distance from normality rather than the look of the pasted defects.
 """
 
 import itertools
+import os
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ class DRAEM(NetworkDetector):
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.
     max_epochs : int, default=700
-        Number of passes over the training images.
+        Largest number of passes over the training images.
     learning_rate : float, default=1e-4
         Learning rate of Adam, reduced to a fifth after 80 % and again after 90 % of the
         epochs.
@@ -151,7 +151,7 @@ class DRAEM(NetworkDetector):
         Number of images a batch, in training and in prediction.
     validation_fraction : float, default=0.1
         Share of the training images that is held out if there is an early stop.
-    n_iter_no_change : int, default=None
+    n_iter_no_change : int or None, default=None
         Stop after so many epochs without a lower loss of the images held out, and go
         back to the weights of the lowest. None trains all epochs on all images.
     contamination : float, default=0.01
@@ -205,7 +205,8 @@ class DRAEM(NetworkDetector):
 
     - The learning rate follows the code (a fifth at 80 % and 90 % of the epochs), not
       the paper (a tenth at epochs 400 and 600), since it scales with ``max_epochs``.
-      So do the fixed threshold 0.5 of the noise and the range of rotations.
+      The fixed threshold 0.5 of the noise and the range of rotations are the code's,
+      too; the opacity begins at 0.1 as in the paper, not at 0.2.
     - An epoch is one permutation of the images instead of as many draws with
       replacement.
     - Cells of the noise are at least 8 pixels wide, as they are at 256 pixels in the
@@ -248,7 +249,7 @@ class DRAEM(NetworkDetector):
 
     _parameter_constraints = {
         **NetworkDetector._parameter_constraints,
-        "textures": ["array-like", str, Path, None],
+        "textures": ["array-like", str, os.PathLike, None],
         "anomaly_probability": [Interval(Real, 0, 1, closed="both")],
         "opacity": [tuple, list],
         "rotation": [Interval(Real, 0, 180, closed="both")],
@@ -330,7 +331,7 @@ class DRAEM(NetworkDetector):
         height, width, channels = self.image_shape_
         if self.textures is None:
             return procedural_textures(PROCEDURAL_TEXTURES, channels, height, width)
-        if isinstance(self.textures, (str, Path)):
+        if isinstance(self.textures, (str, os.PathLike)):
             textures = self._read_textures()
         else:
             textures = self._resize_textures()

@@ -213,15 +213,17 @@ class MemAE(NetworkDetector):
 
     - If shrinking would drop all weights of a code, the largest is kept. In the code
       such rows become zero, and most of them are at the start.
+    - Codes and items are compared by their inner product as in the code; the paper has
+      the cosine.
     - ``shrink="auto"`` is the lower end of the paper's range from 1 to 3 divided by the
       number of items; the code has 5.
-    - The network for images is the paper's for CIFAR-10, with the leaky rectifiers of
-      the video network, and has one query a position.
+    - The network for images is one that has been published for CIFAR-10, with the leaky
+      rectifiers of the video network, and has one query a position.
     - Images are padded by replication to a multiple of the network's stride (16 pixels
       and, for clips, 8 images).
 
     A map is the root of the squared differences summed over the channels, for values
-    from -1 to 1, and the score of an image the mean of its map. The paper gives the
+    from -1 to 1, and the score of an image the mean of its map. The code gives the
     score of a clip to the frame behind its middle; of clips by
     `skanomaly.datasets.make_clips` that is frame ``clips.last - T + 1 + T // 2``.
 

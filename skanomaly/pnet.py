@@ -216,7 +216,7 @@ class PNet(NetworkDetector):
     - The weights of the score are not known from any source; nor is the learning rate
       of the first stage, which has that of the second.
     - Edges are magnitudes of Sobel gradients after a Gaussian filter of one pixel, the
-      largest over the channels, relative to their 0.98 quantile in the training
+      largest over the channels, relative to their 0.98 quantile in up to 200 training
       images. Ridges are Sato's filter of the grey image, bright and dark.
     - The learning rate falls as in the code for MVTec AD. That for retinas lets it
       fall after 5, 10, 20 and 30 % of the epochs, which stops short trainings early.
