@@ -1,0 +1,497 @@
+"""Compare what training steps and scores cost with what they cannot avoid.
+
+For each method, the calls of its networks during one training step and during the
+scoring of a batch are recorded, and then replayed alone, on tensors that are ready:
+forward passes for the scores; forward and backward passes and optimiser steps for the
+training. That is the *floor*. Full and bare versions take turns in one process, and
+the ratio of their medians is the figure::
+
+    python benchmarks/speed.py --sizes 64 128 256 --threads 1
+
+Every method and size has a process of its own, whose largest memory above that of the
+imports is reported. ``--table metrics files import scaling`` measures the rest: metrics
+against one sort, LoadImages against bare decoding, the import against those of torch
+and scikit-learn, and how time and memory grow with the number and size of images.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import skanomaly
+import skanomaly.base
+import skanomaly.descargan
+from skanomaly.metrics import localization_scores
+from skanomaly.training import Batch, _descend, _in_precision
+
+BRIEF = {"max_epochs": 1, "n_iter_no_change": None}
+METHODS = {
+    "SPADE": {"backbone": "resnet18", "weights": None, "image_score": "max"},
+    "DifferNet": {
+        "backbone": "resnet18",
+        "layer": "layer3",
+        "weights": None,
+        "n_scales": 2,
+        "n_blocks": 4,
+        "hidden_features": 256,
+        "n_transforms_test": 8,
+        **BRIEF,
+    },
+    "Autoencoder": BRIEF,
+    "VariationalAutoencoder": BRIEF,
+    "MemAE": BRIEF,
+    "MNAD": {"width": 16, **BRIEF},
+    "PNet": {"width": 12, "critic_width": 16, "structure_epochs": 1, **BRIEF},
+    "DRAEM": {"reconstructive_width": 16, "discriminative_width": 16, **BRIEF},
+    "InTra": {
+        "patch_size": 8,
+        "window_size": 5,
+        "width": 128,
+        "n_heads": 4,
+        "n_blocks": 5,
+        "windows_per_image": 4,
+        **BRIEF,
+    },
+    "RIAD": {"width": 16, **BRIEF},
+    "SCADN": {"width": 16, "n_blocks": 4, "critic_width": 16, **BRIEF},
+    "SMAI": {"width": 16, "n_segments": 20, **BRIEF},
+    "DeScarGAN": {"width": 12, "critic_width": 12, "image_score": "map", **BRIEF},
+}
+GROWING = {
+    "SPADE": {**METHODS["SPADE"], "gallery_size": 10},
+    "DifferNet": {**METHODS["DifferNet"], "n_transforms_test": 2, "n_transforms": 1},
+    "Autoencoder": {"code_size": 16, "width": 8, **BRIEF},
+    "MNAD": {"width": 4, **BRIEF},
+    "PNet": {"width": 4, "critic_width": 4, "structure_epochs": 1, **BRIEF},
+    "DRAEM": {"reconstructive_width": 4, "discriminative_width": 4, **BRIEF},
+    "SCADN": {"width": 4, "n_blocks": 1, "critic_width": 4, **BRIEF},
+    "DeScarGAN": {"width": 4, "critic_width": 4, **BRIEF},
+}
+TABLES = ("methods", "metrics", "files", "import", "scaling")
+
+
+def main():
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", nargs="+", choices=TABLES, default=["methods"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[128])
+    parser.add_argument("--precision", default="float32", help="or bfloat16")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument(
+        "--seconds", type=float, default=6, help="for the repetitions of one figure"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file of all figures")
+    options = parser.parse_args()
+
+    tables = {}
+    for table in options.table:
+        rows = []
+        for task in tasks(table, options):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                rows += pool.apply(globals()[f"measure_{table}"], (task, options))
+            if len(rows) == 1:
+                print_header(rows[0])
+            print_row(rows[-1])
+        print()
+        tables[table] = rows
+    facts = {
+        "torch": torch.__version__,
+        "threads": options.threads or torch.get_num_threads(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "processor",
+    }
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if options.output:
+        options.output.write_text(json.dumps({**facts, "tables": tables}, indent=1))
+
+
+def tasks(table, options):
+    """Return what the processes of a table do, one after the other."""
+    if table == "methods":
+        return [(name, size) for name in options.methods for size in options.sizes]
+    if table == "scaling":
+        numbers = [(n, 32) for n in (100, 1000, 5000, 20_000)]
+        sizes = [(16, side) for side in (32, 64, 128, 256)]
+        return [
+            (name, axis, points)
+            for name in GROWING
+            for axis, points in (("number", numbers), ("side", sizes))
+        ]
+    return [None]
+
+
+def print_header(row):
+    """Print the head of a Markdown table."""
+    print(f"| {' | '.join(row)} |\n| {' | '.join('---' for _ in row)} |")
+
+
+def print_row(row):
+    """Print a row of a Markdown table."""
+    cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def smooth_images(n, size):
+    """Return random images that fall into superpixels, as plain noise does not."""
+    coarse = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
+    return (255 * images).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def synchronize():
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turn(functions, seconds):
+    """Time functions, interleaved; return the median and quartiles of each."""
+    for function in functions:
+        function()
+    times = [[] for _ in functions]
+    started = time.perf_counter()
+    while len(times[0]) < 3 or time.perf_counter() - started < seconds:
+        for function, own in zip(functions, times, strict=True):
+            synchronize()
+            before = time.perf_counter()
+            function()
+            synchronize()
+            own.append(time.perf_counter() - before)
+    return [np.quantile(own, (0.25, 0.5, 0.75)) for own in times]
+
+
+def peak_mib():
+    """Return the largest memory that the process has had."""
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return memory / 1024**2 if sys.platform == "darwin" else memory / 1024
+
+
+class Recorder:
+    """Notes the outermost calls of the modules inside a network."""
+
+    def __init__(self, network):
+        self.network = network
+        self.calls = []
+        self.depth = 0
+
+    @contextlib.contextmanager
+    def recording(self):
+        """Record the calls within a ``with`` block."""
+        handles = []
+        for module in self.network.modules():
+            handles.append(
+                module.register_forward_pre_hook(self._enter, with_kwargs=True)
+            )
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        # of a gradient penalty the backward pass is part of the forward pass
+        penalty = skanomaly.descargan.gradient_penalty
+        skanomaly.descargan.gradient_penalty = self._recorded(penalty)
+        try:
+            yield self.calls
+        finally:
+            skanomaly.descargan.gradient_penalty = penalty
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module, arguments, named):
+        if self.depth == 0:
+            self.calls.append((module, *map(keep, (arguments, named))))
+        self.depth += 1
+
+    def _leave(self, module, arguments, output):
+        self.depth -= 1
+
+    def _recorded(self, function):
+        def recorded(*arguments):
+            self._enter(function, arguments, {})
+            try:
+                return function(*arguments)
+            finally:
+                self.depth -= 1
+
+        return recorded
+
+
+def keep(value):
+    """Return a copy of a call's arguments, detached from what came before."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, (tuple, list)):
+        return type(value)(keep(item) for item in value)
+    if isinstance(value, dict):
+        return {name: keep(item) for name, item in value.items()}
+    return value
+
+
+def tensors_in(value):
+    """Return the tensors in a nested result."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    if isinstance(value, (tuple, list)) or hasattr(value, "__iter__"):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
+
+
+class Training:
+    """One training step of a fitted detector, and the bare passes in it."""
+
+    def __init__(self, detector, X, y):
+        captured = {}
+        train = skanomaly.base.train
+
+        def capture(network, images, labels=None, **settings):
+            captured.update(settings, images=images, labels=labels)
+            return train(network, images, labels, **settings)
+
+        skanomaly.base.train = capture
+        try:
+            detector.fit(X, y)
+        finally:
+            skanomaly.base.train = train
+        self.network = detector.network_
+        self.images, self.labels = captured["images"], captured["labels"]
+        self.losses, self.precision = captured["losses"], captured["precision"]
+        self.optimizers = captured["optimizers"]
+        self.rows = np.arange(min(detector.batch_size, len(self.images)))
+        # by the optimiser's part, the calls that its loss was computed from
+        self.recorded = []
+
+    def step(self, recorder=None):
+        """Take a step as the training loop does."""
+        self.network.train()
+        labels = None if self.labels is None else self.labels[self.rows]
+        batch = Batch(self.images[self.rows], labels, 0)
+        for part, loss in _in_precision(
+            self.losses(self.network, batch), batch, self.precision
+        ):
+            if recorder is not None:
+                self.recorded.append((part, list(recorder.calls)))
+                recorder.calls.clear()
+            _descend(loss, self.optimizers[part])
+
+    def record(self):
+        """Record the bare passes of a step."""
+        recorder = Recorder(self.network)
+        with recorder.recording():
+            self.step(recorder)
+
+    def bare(self):
+        """Replay the passes of a step and take its optimisers' steps."""
+        self.network.train()
+        for part, calls in self.recorded:
+            optimizer = self.optimizers[part]
+            own = {p for group in optimizer.param_groups for p in group["params"]}
+            optimizer.zero_grad(set_to_none=True)
+            for module, arguments, named in calls:
+                with skanomaly.base.autocast(next(iter(own)).device, self.precision):
+                    outputs = module(*arguments, **named)
+                outputs = [t for t in tensors_in(outputs) if t.requires_grad]
+                parameters = (
+                    module.parameters() if isinstance(module, torch.nn.Module) else own
+                )
+                wanted = [p for p in parameters if p in own]
+                wanted += [t for t in tensors_in(arguments) if t.requires_grad]
+                if outputs and wanted:
+                    torch.autograd.backward(
+                        outputs, [torch.ones_like(t) for t in outputs], inputs=wanted
+                    )
+            optimizer.step()
+
+
+class Scoring:
+    """The scoring of a batch by a fitted detector, and the bare passes in it."""
+
+    def __init__(self, detector, X):
+        self.detector, self.X = detector.set_params(batch_size=len(X)), X
+        self.device = next(detector.network_.parameters()).device
+        recorder = Recorder(detector.network_)
+        with recorder.recording() as calls:
+            self.full()
+        self.calls = list(calls)
+        self.products = []
+        if isinstance(detector, skanomaly.SPADE):
+            for gallery in detector.gallery_.values():
+                positions, channels = np.prod(gallery.shape[1:3]), gallery.shape[3]
+                n = min(detector.gallery_size, len(gallery)) * positions
+                rows = torch.rand(n, channels, device=self.device)
+                self.products.append((rows[:positions].clone(), rows))
+
+    def full(self):
+        """Score the batch."""
+        self.detector.score_samples(self.X)
+
+    def bare(self):
+        """Replay the passes."""
+        needs_gradients = isinstance(self.detector, skanomaly.DifferNet)
+        mode = contextlib.nullcontext() if needs_gradients else torch.inference_mode()
+        with mode, skanomaly.base.autocast(self.device, self.detector.precision):
+            for module, arguments, named in self.calls:
+                module(*arguments, **named)
+            for queries, rows in self.products:
+                for _ in range(len(self.X)):
+                    for part in rows.split(2**14):
+                        queries @ part.T
+
+
+def measure_methods(task, options):
+    """Measure a training step and scores of one method at one size."""
+    name, size = task
+    prepare(options)
+    start = peak_mib()
+    detector = getattr(skanomaly, name)(
+        precision=options.precision,
+        device=options.device,
+        random_state=0,
+        **METHODS[name],
+    )
+    X = smooth_images(32, size)
+    y = np.array([1, -1] * 16) if name == "DeScarGAN" else None
+    row = {"method": name, "size": size, "precision": options.precision}
+    n_train = max(8, detector.batch_size) if name != "SPADE" else 8
+    if name == "SPADE":
+        detector.fit(X[:n_train])
+        row |= {
+            "step s": "",
+            "step floor s": "",
+            "step / floor": "",
+            "step quartiles": "",
+        }
+    else:
+        training = Training(detector, X[:n_train], None if y is None else y[:n_train])
+        training.record()
+        row |= figures("step", in_turn([training.step, training.bare], options.seconds))
+    for n in (1, 32):
+        scoring = Scoring(detector, X[:n])
+        row |= figures(
+            f"score {n}", in_turn([scoring.full, scoring.bare], options.seconds), n
+        )
+    row["MiB"] = peak_mib() - start
+    return [row]
+
+
+def figures(name, quartiles, n=1):
+    """Return the medians, their ratio and the quartiles of the first."""
+    full, floor = quartiles
+    return {
+        f"{name} s": float(full[1] / n),
+        f"{name} floor s": float(floor[1] / n),
+        f"{name} / floor": float(full[1] / floor[1]),
+        f"{name} quartiles": f"{full[0] / n:.3g}-{full[2] / n:.3g}",
+    }
+
+
+def prepare(options):
+    """Set the threads of this process."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+
+def measure_metrics(task, options):
+    """Measure all pixel metrics of 100 maps against one sort of their pixels."""
+    rng = np.random.default_rng(0)
+    maps = rng.random((100, 256, 256), dtype=np.float32)
+    masks = np.zeros(maps.shape, bool)
+    masks[::2, 40:90, 100:160] = masks[::4, 200:220, 20:60] = True
+    full, floor = in_turn(
+        [lambda: localization_scores(masks, maps), lambda: np.sort(maps, axis=None)],
+        options.seconds,
+    )
+    return [
+        {"what": "AUROC, AP, AU-PRO, F1-max of 100 maps of 256 x 256"}
+        | figures("metrics", (full, floor))
+    ]
+
+
+def measure_files(task, options):
+    """Measure LoadImages against bare decoding on two threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.png" for number in range(200)]
+        for path, pixels in zip(paths, smooth_images(200, 256), strict=True):
+            Image.fromarray(pixels).save(path)
+
+        def decode(path):
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+
+        def bare():
+            with ThreadPoolExecutor(2) as pool:
+                return list(pool.map(decode, paths))
+
+        loader = skanomaly.LoadImages(n_jobs=2)
+        both = in_turn([lambda: loader.fit_transform(paths), bare], options.seconds)
+    return [
+        {"what": "LoadImages(n_jobs=2) of 200 PNG files of 256 x 256"}
+        | figures("files", both)
+    ]
+
+
+def measure_import(task, options):
+    """Measure the import against those of torch and scikit-learn."""
+
+    def run(code):
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+    needed = "import torch, sklearn.pipeline, sklearn.model_selection, sklearn.metrics"
+    both = in_turn([run("import skanomaly"), run(needed)], options.seconds)
+    return [{"what": "import skanomaly"} | figures("import", both)]
+
+
+def measure_scaling(task, options):
+    """Measure how fit, score and memory grow, and fit exponents to the last points."""
+    name, axis, points = task
+    prepare(options)
+    rows = []
+    for n, side in points:
+        detector = getattr(skanomaly, name)(
+            device=options.device, random_state=0, **GROWING[name]
+        )
+        X = np.resize(smooth_images(min(n, 64), side), (n, side, side, 3))
+        y = np.resize([1, -1], n) if name == "DeScarGAN" else None
+        start = time.perf_counter()
+        detector.fit(X, y)
+        fitted = time.perf_counter()
+        detector.score_samples(X[: min(n, 200)])
+        rows.append(
+            (
+                n if axis == "number" else side,
+                fitted - start,
+                time.perf_counter() - fitted,
+            )
+        )
+    positions, fits, scores = np.log(rows).T
+    return [
+        {
+            "method": name,
+            "grows with": axis,
+            "from": rows[0][0],
+            "to": rows[-1][0],
+            "fit s": f"{rows[0][1]:.3g}-{rows[-1][1]:.3g}",
+            "fit exponent": float(np.polyfit(positions[1:], fits[1:], 1)[0]),
+            "score exponent": float(np.polyfit(positions[1:], scores[1:], 1)[0]),
+            "MiB": peak_mib(),
+        }
+    ]
+
+
+if __name__ == "__main__":
+    main()
