@@ -298,6 +298,7 @@ class Training:
     def bare(self):
         """Replay the passes of a step and take its optimisers' steps."""
         self.network.train()
+        waiting = []
         for part, calls in self.recorded:
             optimizer = self.optimizers[part]
             own = {p for group in optimizer.param_groups for p in group["params"]}
@@ -306,15 +307,22 @@ class Training:
                 with skanomaly.base.autocast(next(iter(own)).device, self.precision):
                     outputs = module(*arguments, **named)
                 outputs = [t for t in tensors_in(outputs) if t.requires_grad]
-                parameters = (
-                    module.parameters() if isinstance(module, torch.nn.Module) else own
-                )
-                wanted = [p for p in parameters if p in own]
-                wanted += [t for t in tensors_in(arguments) if t.requires_grad]
-                if outputs and wanted:
+                inputs = [t for t in tensors_in(arguments) if t.requires_grad]
+                if outputs:
+                    waiting.append((module, outputs, inputs))
+            # a generator's pass may come before the critic's step, its way back after
+            still_waiting = []
+            for module, outputs, inputs in waiting:
+                is_network = isinstance(module, torch.nn.Module)
+                wanted = list(module.parameters()) if is_network else list(own)
+                wanted = [p for p in wanted if p in own] + inputs
+                if wanted:
                     torch.autograd.backward(
                         outputs, [torch.ones_like(t) for t in outputs], inputs=wanted
                     )
+                else:
+                    still_waiting.append((module, outputs, inputs))
+            waiting = still_waiting
             optimizer.step()
 
 
