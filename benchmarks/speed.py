@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +104,9 @@ def main():
     for table in options.table:
         rows = []
         for task in tasks(table, options):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows += pool.apply(globals()[f"measure_{table}"], (task, options))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                measure = globals()[f"measure_{table}"]
+                rows += pool.submit(measure, task, options).result()
             if len(rows) == 1:
                 print_header(rows[0])
             print_row(rows[-1])

@@ -31,10 +31,10 @@ weights = parser.parse_known_args()[0].weights
 data = load_textures(n_train=100, n_test=40, size=128)
 
 # %%
-# The paper describes images of 448 pixels by AlexNet. Photographs of 128 pixels still
-# have a few features each way in the third stage of a ResNet-18, at three scales. The
-# backbone is frozen and sees each rotated view of an image once; training the flow on
-# what it saw takes seconds.
+# The paper describes images of 448 pixels by AlexNet, at three scales. Photographs of
+# 128 pixels have eight features each way in the third stage of a ResNet-18, and too few
+# at half their size. The backbone is frozen and sees each rotated view of an image
+# once for all epochs; training the flow on what it saw takes seconds.
 
 detector = DifferNet(
     backbone="resnet18",
@@ -42,7 +42,8 @@ detector = DifferNet(
     weights=weights,
     n_blocks=4,
     hidden_features=256,
-    n_transforms_test=8,
+    n_scales=1,
+    n_transforms_test=4,
     standardize=True,
     max_epochs=60,
     random_state=0,

@@ -267,7 +267,8 @@ class Autoencoder(_ReconstructionDetector):
     The paper trains on 10,000 random crops of the images, which are also rotated and
     flipped. Here an epoch takes one crop of each image, and there is no augmentation.
     The paper defines no score of an image; here it is the maximum of the smoothed map.
-    The structural similarity mirrors the image at its border.
+    The structural similarity mirrors the image at its border. There is no early stop
+    unless ``n_iter_no_change`` asks for it; public code has 20 or 12 epochs.
 
     On a processor, images of 64 pixels, ``code_size=32``, ``batch_size=16`` and
     ``learning_rate=1e-3`` are a good start.

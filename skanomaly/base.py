@@ -666,6 +666,8 @@ def _to_fact(value):
         return "a RandomState"
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return str(content_checksum(value))
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_to_fact, value))})"
     return repr(value)
 
 
@@ -728,7 +730,10 @@ class NetworkDetector(BaseDetector):
             if name not in ("checkpoint", "checkpoint_every", "verbose", "warm_start")
         }
         facts["images"] = f"{len(images)} of checksum " + _to_fact(images.array)
+        facts["rows"] = _to_fact(images.rows)
         facts["labels"] = _to_fact(labels)
+        facts["epochs before"] = str(len(self.loss_curve_) if self._goes_on else 0)
+        facts["processes"] = str(Processes().count)
         return {"method": type(self).__name__, **facts}
 
     def _resume(self, images, labels):
@@ -738,7 +743,9 @@ class NetworkDetector(BaseDetector):
             return
         facts = self._facts(images, labels)
         self._checkpoint = Checkpoint(self.checkpoint, self.checkpoint_every, facts)
-        saved = self._checkpoint.load()
+        processes = Processes()
+        saved = self._checkpoint.load() if processes.rank == 0 else None
+        saved = processes.object_of_first(saved)
         if saved is not None:
             state, self._loop_state = saved
             vars(self).update(state)
@@ -756,8 +763,10 @@ class NetworkDetector(BaseDetector):
 
     def _end_fit(self):
         if self._checkpoint is not None:
-            if self._is_trained:
+            processes = Processes()
+            if self._is_trained and processes.rank == 0:
                 self._checkpoint.remove()
+            processes.wait()
             del self._checkpoint
         self.__dict__.pop("_is_trained", None)
 

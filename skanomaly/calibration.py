@@ -46,7 +46,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         on all images. "holdout": the detector is fitted once, without the first fold of
         `cv`, whose scores are taken. "loo": each image is scored without itself by the
         detector that knows all others, which only SPADE can do, exactly and at the cost
-        of one fit.
+        of one fit; steps before it must not learn from the images.
     false_positive_rate : float, default=0.01
         Share of new normal images that ``predict`` may call anomalous, and share of
         them in which a map may exceed ``map_threshold_``.
@@ -171,6 +171,11 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
             If y holds other labels than -1 and +1: they are ignored.
         """
         final = _detector(self.estimator)
+        if self.method == "loo" and getattr(final, "algorithm", None) == "nndescent":
+            raise ValueError(
+                "method='loo' searches exactly, but algorithm='nndescent' does not: "
+                "take 'cv' or 'holdout', or algorithm='brute'."
+            )
         if self.method == "loo" and not hasattr(final, "_leave_one_out"):
             raise ValueError(
                 f"method='loo' scores each image by a detector fitted on the others, "

@@ -86,8 +86,9 @@ class Checkpoint:
             facts = saved["facts"]
         except Exception as error:
             raise ValueError(
-                f"checkpoint={str(self.path)!r} is no checkpoint of a training, or a "
-                "damaged one. Remove it to start anew."
+                f"checkpoint={str(self.path)!r} cannot be read ({error}). Unless it "
+                "was written on another kind of machine, it is no checkpoint of a "
+                "training or a damaged one: remove it to start anew."
             ) from error
         changes = [
             f"{name}={self.facts.get(name)} (there {facts.get(name)})"

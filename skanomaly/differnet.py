@@ -273,7 +273,8 @@ class DifferNet(NetworkDetector):
     Departures from the paper and its code:
 
     - Training draws rotations from the equally spaced angles of prediction, so that
-      the backbone sees each view once a fit. There is no other augmentation.
+      the backbone sees each view once for all epochs (and once more for the
+      thresholds, with gradients). There is no other augmentation.
     - Scores are computed after the last epoch. The code reports the best epoch on the
       test set.
     - The flow has no batch normalisation; the code builds one that it never calls.
@@ -284,9 +285,11 @@ class DifferNet(NetworkDetector):
     Images are not resized. With AlexNet and three scales their shorter side must
     measure 252 pixels or more; the paper has 448.
 
-    On a processor, ``backbone="resnet18"``, ``layer="layer3"``, ``n_blocks=4``,
-    ``hidden_features=256``, ``n_transforms_test=8``, ``standardize=True`` and
-    ``max_epochs=60`` are a good start.
+    On a processor, images of 128 pixels, ``backbone="resnet18"``, ``layer="layer3"``,
+    ``n_scales=1``, ``n_blocks=4``, ``hidden_features=256``, ``n_transforms_test=4``,
+    ``standardize=True`` and ``max_epochs=60`` are a good start. Images so small have
+    little to say at half their size, and rotations by right angles leave no corners
+    empty.
 
     References
     ----------

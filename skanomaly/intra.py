@@ -19,6 +19,7 @@ from .filters import mean_filter, scaled_size
 from .losses import msgms_loss, msgms_map, ssim_loss
 from .masking import windows
 from .networks import pad_to_multiple
+from .persistence import shared_tensor
 
 N_SCALES = 3
 WINDOWS_AT_ONCE = 256
@@ -427,5 +428,5 @@ class InTra(NetworkDetector):
     def _anomaly_maps(self, distances):
         if self.reference == "none":
             return distances
-        excess = distances - torch.as_tensor(self.mean_map_, device=distances.device)
+        excess = distances - shared_tensor(self.mean_map_).to(distances.device)
         return excess.square() if self.reference == "squared" else excess.clamp(min=0)

@@ -531,7 +531,9 @@ def _check_masks_and_maps(masks, maps, ndim=None):
         raise ValueError(
             f"masks and maps must have the shape (n, H, W), got {masks.shape}."
         )
-    if masks.dtype.kind not in "biu" or not np.array_equal(masks, masks.astype(bool)):
+    if masks.dtype.kind not in "biu" or (
+        masks.dtype != bool and not np.array_equal(masks, masks.astype(bool))
+    ):
         raise ValueError(
             "masks must be boolean or hold the integers 0 (normal) and 1 (anomalous), "
             f"got {masks.dtype} with values such as {np.unique(masks)[:5]}. Binarise "
@@ -605,6 +607,8 @@ def _region_weights(masks):
     """Inverse size of its 8-connected region for each anomalous pixel."""
     weights = []
     for mask in masks[masks.any(axis=(1, 2))]:
+        rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+        mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         region = ndimage.label(mask, structure=np.ones((3, 3)))[0][mask]
         weights.append(1 / np.bincount(region)[region])
     return np.concatenate(weights)

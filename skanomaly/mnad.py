@@ -16,6 +16,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from .base import NetworkDetector
+from .filters import full_precision
 from .networks import pad_to_multiple
 
 MARGIN = 1.0
@@ -112,6 +113,7 @@ class MemoryNetwork(nn.Module):
         return self.decode(queries, read, skips, images.shape[-2:]), queries
 
 
+@full_precision
 def updated_memory(memory, queries):
     """Move each item to the queries that are nearest to it.
 

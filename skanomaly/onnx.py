@@ -13,6 +13,7 @@ from .calibration import ThresholdCalibrator
 from .checkpoint import replacing
 from .descargan import DeScarGAN
 from .differnet import DifferNet
+from .mnad import MNAD
 from .smai import SMAI
 from .spade import SPADE
 from .training import seeded
@@ -63,8 +64,8 @@ def export(detector, path, *, batch_size=1):
     method draws for every call are those of its seed, stored as constants.
 
     DifferNet, whose maps are gradients, SMAI, whose superpixels differ in number from
-    image to image, SPADE with an approximate index, and DeScarGAN's classifier cannot
-    be exported.
+    image to image, SPADE with an approximate index, MNAD with ``update_at_test`` and
+    DeScarGAN's classifier cannot be exported.
 
     Needs torch 2.6 or newer and the packages of ``pip install skanomaly[onnx]``.
 
@@ -135,6 +136,8 @@ def _check(detector):
             "ONNX has no adaptive pooling, which its classifier ends in; with "
             "image_score='map' it can be"
         )
+    if isinstance(detector, MNAD) and detector.update_at_test:
+        reason = "with update_at_test=True its memory changes from image to image"
     if reason is not None:
         raise TypeError(f"{name} cannot be exported: {reason}.")
     if detector._clip_length is not None:

@@ -64,10 +64,7 @@ class PersistentNetwork:
         fitted.__dict__.update({**vars(self), **self._built_from})
         with torch.device("meta"):
             network = fitted._build_network()
-        with warnings.catch_warnings():
-            # nothing writes into arrays that are mapped from a file
-            warnings.filterwarnings("ignore", message=".*not writable")
-            tensors = {name: _to_tensor(array) for name, array in arrays.items()}
+        tensors = {name: _to_tensor(array) for name, array in arrays.items()}
         network.load_state_dict(tensors, assign=True)
         self.network_ = channels_last(network).eval()
         if not all(array.flags.writeable for array in arrays.values()):
@@ -129,8 +126,15 @@ def network_to_arrays(network):
     }
 
 
+def shared_tensor(array):
+    """Return a tensor that is only read, of an array that may be mapped from a file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return torch.from_numpy(array)
+
+
 def _to_tensor(array):
-    tensor = torch.from_numpy(array)
+    tensor = shared_tensor(array)
     return tensor.movedim(-1, 1) if tensor.ndim > 3 else tensor
 
 

@@ -204,9 +204,9 @@ class PNet(NetworkDetector):
 
     Notes
     -----
-    Three stages follow each other: the extractor learns structures; it is frozen, and
-    the reconstructor learns; the structure of what is rebuilt is compared with that of
-    the image, in training and in the score. The third stage is that of the paper; the
+    First the extractor learns structures. Then it is frozen, and the reconstructor
+    learns, from the first epoch on also by the structure of what it rebuilds, which is
+    compared with that of the image here and in the score. The paper has that; the
     public code leaves it out. Other departures from paper and code:
 
     - Structures are probabilities of one class throughout. The code takes the most
@@ -479,7 +479,8 @@ class PNet(NetworkDetector):
 
         chosen = np.random.default_rng(self._seed).permutation(len(images))
         sample = [strengths(images[[i]]) for i in chosen[:EDGE_IMAGES]]
-        strong = max(np.quantile(np.concatenate(sample), EDGE_QUANTILE), 1e-6)
+        # a step of one grey level is no edge, however flat the images
+        strong = max(np.quantile(np.concatenate(sample), EDGE_QUANTILE), 1 / 255)
         return lambda batch: (strengths(batch) / strong).clip(0, 1).astype(np.float16)
 
     def _imitate(self, network, batch):
@@ -505,6 +506,25 @@ class PNet(NetworkDetector):
             F.binary_cross_entropy_with_logits(logits, masks)
             + self.adaptation_weight * adversarial_loss(critic, found),
         )
+
+    def extract_structure(self, X):
+        """Return the structures that images show, such as vessels or edges.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images of the shape seen in fit.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n, H, W)
+            Probabilities of a structure, float32.
+        """
+        images = self._images(X)
+        result = np.empty((len(images), *self.image_shape_[:2]), np.float32)
+        for rows, structure in self._in_batches(images, self._structure):
+            result[rows] = structure[:, 0].cpu().numpy()
+        return result
 
     def _structure(self, images):
         """Return the structure of images (b, 1, h, w), values in [0, 1]."""

@@ -36,10 +36,22 @@ class Processes:
                 "processes, which need 2 each. A larger batch_size helps."
             )
 
-    def seed_apart(self):
-        """Let the processes draw different numbers from now on, the first as before."""
+    def seed_apart(self, seed, epoch):
+        """Seed all processes but the first, so that each draws other numbers."""
         if self.rank:
-            torch.manual_seed(torch.initial_seed() + self.rank)
+            torch.manual_seed(seed + 1_000_003 * self.rank + epoch)
+
+    def wait(self):
+        """Wait until all processes have come here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def object_of_first(self, value):
+        """Return the object that the first process has."""
+        values = [value]
+        if self.count > 1:
+            distributed.broadcast_object_list(values, 0)
+        return values[0]
 
     def of_first(self, tensor):
         """Overwrite a tensor by that of the first process; return it."""

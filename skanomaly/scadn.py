@@ -16,6 +16,7 @@ from .base import NetworkDetector
 from .filters import mean_filter, scaled_size
 from .masking import stripe_masks
 from .networks import PatchCritic, adversarial_loss, critic_loss, pad_to_multiple
+from .persistence import shared_tensor
 
 HIDDEN_WEIGHT = 4.0
 SMALLEST_SIDE = 32
@@ -315,7 +316,7 @@ class SCADN(NetworkDetector):
         return torch.stack(errors, dim=1)
 
     def _anomaly_maps(self, errors):
-        usual = torch.as_tensor(self.stripe_errors_, device=errors.device)
+        usual = shared_tensor(self.stripe_errors_).to(errors.device)
         chosen = (errors.mean(dim=(2, 3)) - usual).argmax(dim=1)  # (b,)
         maps = errors[torch.arange(len(errors)), chosen]
         size = scaled_size(self.smoothing_size, maps)

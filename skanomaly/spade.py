@@ -20,6 +20,7 @@ from .backbones import Backbone, check_channels, make_backbone
 from .base import BaseDetector, resolve_device
 from .filters import gaussian_blur
 from .neighbors import ApproximateIndex, nearest_distances
+from .persistence import shared_tensor
 from .processes import Processes
 from .training import autocast
 
@@ -314,7 +315,7 @@ class SPADE(BaseDetector):
         """Return the features, and the distances and rows of the nearest images."""
         features, pooled = self._features(images)
         n_wanted = max(self.n_neighbors, self.gallery_size)
-        embeddings = torch.from_numpy(self.embeddings_).to(pooled.device)
+        embeddings = shared_tensor(self.embeddings_).to(pooled.device)
         distances, neighbors = nearest_distances(
             pooled, embeddings, n_neighbors=min(n_wanted, len(embeddings))
         )
@@ -358,7 +359,7 @@ class SPADE(BaseDetector):
 
     def _search_gallery(self, layer, queries, neighbors):
         """Return the distances (b, p, k) of queries (b, p, c) to their galleries."""
-        gallery = torch.from_numpy(self.gallery_[layer])
+        gallery = shared_tensor(self.gallery_[layer])
         neighbors = neighbors[:, : self.gallery_size].cpu()
         n, n_channels = len(gallery), gallery.shape[-1]
 
@@ -418,7 +419,7 @@ class SPADE(BaseDetector):
 
     def _other_images(self, rows, n_neighbors):
         """Return distances and rows of the training images nearest to some of them."""
-        embeddings = torch.from_numpy(self.embeddings_)
+        embeddings = shared_tensor(self.embeddings_)
         n_neighbors = min(n_neighbors, len(embeddings) - 1)
         distances, neighbors = nearest_distances(
             embeddings[rows], embeddings, n_neighbors=n_neighbors + 1
@@ -434,7 +435,7 @@ class SPADE(BaseDetector):
         peaks = []
         for row, others in zip(rows, neighbors, strict=True):
             features = {
-                layer: torch.from_numpy(gallery[[row]]).to(device).permute(0, 3, 1, 2)
+                layer: shared_tensor(gallery[[row]]).to(device).permute(0, 3, 1, 2)
                 for layer, gallery in self.gallery_.items()
             }
 

@@ -168,7 +168,9 @@ def train(
         return optimizers[part]
 
     processes = Processes()
-    rows, held_out = _hold_out(len(images), validation_fraction, n_iter_no_change, seed)
+    rows, held_out = _hold_out(
+        len(images), labels, validation_fraction, n_iter_no_change, seed
+    )
     n_batches = _count_batches(len(rows), batch_size)
     processes.check_batches(len(rows) // n_batches)
     first_step = step = len(loss_curve) * n_batches
@@ -217,9 +219,9 @@ def train(
             lowest, best_weights = validate(), copy.deepcopy(network.state_dict())
         for tensor in network.state_dict().values():
             processes.of_first(tensor)
-        processes.seed_apart()
         while n_epochs < max_epochs:
             total = 0.0
+            processes.seed_apart(seed, len(loss_curve))
             order = processes.of_first(torch.randperm(len(rows))).numpy()
             for indices in np.array_split(rows[order], n_batches):
                 share, weight = processes.share(indices)
@@ -286,20 +288,31 @@ def _restore_generators(states):
         torch.cuda.set_rng_state_all(on_devices)
 
 
-def _hold_out(n_images, validation_fraction, n_iter_no_change, seed):
-    """Return the rows to train on and those held out, if there is an early stop."""
+def _hold_out(n_images, labels, validation_fraction, n_iter_no_change, seed):
+    """Return the rows to train on and those held out, if there is an early stop.
+
+    Of each label the same share is held out, but never all of its images.
+    """
     if n_iter_no_change is None:
         return np.arange(n_images), None
-    n_held_out = max(1, round(validation_fraction * n_images))
-    if n_images - n_held_out < 2:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n_images, generator=generator).numpy()
+    classes = [0] if labels is None else labels.unique().tolist()
+    held_out = []
+    for label in classes:
+        rows = order if labels is None else order[(labels[order] == label).numpy()]
+        n_held_out = round(validation_fraction * len(rows))
+        held_out.append(rows[: min(n_held_out, len(rows) - 1)])
+    held_out = np.concatenate(held_out)
+    held_out = np.sort(held_out if len(held_out) else order[:1])
+    rows = np.setdiff1d(order, held_out)
+    if len(rows) < 2:
         raise ValueError(
             f"validation_fraction={validation_fraction} of n_samples = {n_images} "
             "training images leaves fewer than 2 to train on. n_iter_no_change=None "
             "trains on all of them, without an early stop."
         )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(n_images, generator=generator).numpy()
-    return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
+    return rows, held_out
 
 
 def _count_batches(n_images, batch_size):

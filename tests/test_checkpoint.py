@@ -226,6 +226,15 @@ def test_the_first_difference_of_two_sets_of_images_counts(monkeypatch, tmp_path
         detector(checkpoint=path).fit(X)
 
 
+def test_other_images_left_out_count(monkeypatch, tmp_path):
+    X, path = random_images(), tmp_path / "progress"
+    first, second = np.ones((2, 8), int)
+    first[3] = second[5] = -1
+    killed_fit(detector(checkpoint=path), X, 2, monkeypatch, y=first)
+    with pytest.raises(ValueError, match="rows="):
+        detector(checkpoint=path).fit(X, second)
+
+
 def test_sources_of_p_net_count(monkeypatch, tmp_path):
     X, path = random_images(), tmp_path / "progress"
     settings = {

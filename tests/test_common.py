@@ -81,22 +81,19 @@ SETTINGS = {
     "ToDevice": [{"device": "cpu"}],
 }
 
-# Scikit-learn's checks fit hundreds of images of a few pixels, at times of one. Large
-# batches make them short.
+# Scikit-learn's checks fit hundreds of images of a few pixels, at times of one.
 TINY_IMAGES = {
     # the structural similarity magnifies rounding errors by 1 / sqrt(9e-4), and these
     # checks compare scores within 1e-7
     "Autoencoder": {"loss": "l2"},
-    "DRAEM": {"reconstructive_width": 1, "discriminative_width": 2, "batch_size": 64},
-    "DeScarGAN": {"width": 2, "critic_width": 2, "batch_size": 64},
+    "DRAEM": {"reconstructive_width": 1, "discriminative_width": 2},
+    "DeScarGAN": {"width": 2, "critic_width": 2},
     "DifferNet": {"n_transforms_test": 1, "n_transforms": 1, "n_blocks": 1},
-    "PNet": {"width": 2, "critic_width": 1, "batch_size": 64},
-    "RIAD": {"cell_sizes": (1,), "n_masks": 2, "batch_size": 64},
-    "SCADN": {"stripes": (2,), "width": 1, "critic_width": 1, "batch_size": 64},
+    "PNet": {"width": 2, "critic_width": 1},
+    "RIAD": {"cell_sizes": (1,), "n_masks": 2},
+    "SCADN": {"stripes": (2,), "width": 1, "critic_width": 1},
     "InTra": {"patch_size": 1, "window_size": 1},
-    "SMAI": {"n_segments": 2, "batch_size": 64},
-    "MNAD": {"batch_size": 64},
-    "SPADE": {"batch_size": 64},
+    "SMAI": {"n_segments": 2},
 }
 
 STRUCTURED = (
@@ -446,6 +443,36 @@ def test_clones_are_unfitted(cls, fitted):
     copy = clone(fitted[cls])
     assert copy.get_params() == fitted[cls].get_params()
     assert not [name for name in vars(copy) if name.endswith("_")]
+
+
+@pytest.mark.parametrize("cls", DETECTORS)
+def test_a_mapped_file_scores_the_same(cls, fitted, tmp_path):
+    joblib.dump(fitted[cls], tmp_path / "detector.joblib")
+    mapped = joblib.load(tmp_path / "detector.joblib", mmap_mode="r")
+    X = striped(3, seed=1)
+    np.testing.assert_array_equal(mapped.score_samples(X), fitted[cls].score_samples(X))
+
+
+@pytest.mark.parametrize("cls", NETWORK_DETECTORS)
+def test_an_early_stop_goes_back_to_the_best_weights(cls, monkeypatch):
+    """A rate so large that the losses of later epochs are worse ones."""
+    monkeypatch.setattr(cls, "_scheduler", lambda self, optimizer: None)
+    X, y = striped(12), labels_for(cls, 12)
+    settings = {"learning_rate": 0.3, "validation_fraction": 0.3, "max_epochs": 8}
+    stopped = small(cls, n_iter_no_change=2, **settings).fit(X, y)
+    curve = stopped.validation_curve_
+    assert len(curve) == stopped.n_iter_
+    n_best = 1 + int(np.argmin(curve))
+    assert stopped.n_iter_ == min(8, n_best + 2)
+    # the same images held out, and no epoch after the best
+    settings["max_epochs"] = n_best
+    best = small(cls, n_iter_no_change=8, **settings).fit(X, y)
+    for own, other in zip(
+        stopped.network_.state_dict().values(),
+        best.network_.state_dict().values(),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(own.numpy(), other.numpy())
 
 
 @pytest.mark.parametrize("cls", NETWORK_DETECTORS)

@@ -115,6 +115,9 @@ def test_what_cannot_be_exported_says_why(tmp_path):
     ).fit(X)
     with pytest.raises(TypeError, match="DifferNet cannot be exported: its maps are"):
         export(differnet, path)
+    mnad = MNAD(width=2, update_at_test=True, **TRAINED).fit(X)
+    with pytest.raises(TypeError, match="MNAD cannot be exported: with update_at_test"):
+        export(mnad, path)
     spade = SPADE(layers=("stage2",), gallery_size=0, n_neighbors=2, **BACKBONE).fit(X)
     with pytest.raises(TypeError, match=r"SPADE cannot be exported.*no gallery"):
         export(spade, path)

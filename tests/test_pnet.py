@@ -169,7 +169,9 @@ def test_the_extractor_learns_the_structures_of_a_source():
     model = detector(structure_epochs=10, width=4, learning_rate=2e-2)
     model.fit(X, structure_images=source, structure_masks=masks)
     assert model.structure_loss_curve_[-1] < model.structure_loss_curve_[0] - 0.1
-    found = model._structure(torch.from_numpy(X).float()[:, None]).detach()[:, 0]
+    found = model.extract_structure(X)
+    assert found.dtype == np.float32
+    assert 0 <= found.min() < found.max() <= 1
     expected = np.zeros(X.shape, bool)
     expected[:, 10:12] = True
     assert roc_auc_score(expected.ravel(), found.ravel()) > 0.95
