@@ -157,6 +157,22 @@ def test_scoring_leaves_the_memory_alone():
         assert "_working_memory" not in vars(model)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_items_have_moved_in_a_fit_and_kept_their_norm(precision):
+    model = detector(precision=precision).fit(random_images(8))
+    torch.manual_seed(model._seed)
+    before = model._build_network().memory
+    after = model.network_.memory
+    assert after.dtype == torch.float32
+    assert not torch.allclose(after, before, atol=1e-3)
+    torch.testing.assert_close(after.norm(dim=1), torch.ones(10), atol=1e-5, rtol=0)
+
+
+def test_equal_training_images_have_finite_scores():
+    X = np.full((6, 16, 16, 1), 0.5)
+    assert np.isfinite(detector().fit(X).score_samples(X)).all()
+
+
 def test_updates_at_test_depend_on_the_order_and_on_the_gate():
     X, X_test = random_images(8), random_images(6, seed=1)
     model = detector().fit(X)
