@@ -18,7 +18,7 @@ from skanomaly import DeScarGAN
 from skanomaly.datasets import make_ellipses
 from skanomaly.metrics import pixel_roc_auc_score
 
-data = make_ellipses()
+data = make_ellipses(n_train=200, n_test=40)
 print(f"{np.sum(data.y_train == 1)} healthy and {np.sum(data.y_train == -1)} diseased")
 
 # %%

@@ -458,12 +458,12 @@ def test_an_early_stop_goes_back_to_the_best_weights(cls, monkeypatch):
     """A rate so large that the losses of later epochs are worse ones."""
     monkeypatch.setattr(cls, "_scheduler", lambda self, optimizer: None)
     X, y = striped(12), labels_for(cls, 12)
-    settings = {"learning_rate": 0.3, "validation_fraction": 0.3, "max_epochs": 8}
+    settings = {"learning_rate": 0.3, "validation_fraction": 0.3, "max_epochs": 5}
     stopped = small(cls, n_iter_no_change=2, **settings).fit(X, y)
     curve = stopped.validation_curve_
     assert len(curve) == stopped.n_iter_
     n_best = 1 + int(np.argmin(curve))
-    assert stopped.n_iter_ == min(8, n_best + 2)
+    assert stopped.n_iter_ == min(5, n_best + 2)
     # the same images held out, and no epoch after the best
     settings["max_epochs"] = n_best
     best = small(cls, n_iter_no_change=8, **settings).fit(X, y)

@@ -336,7 +336,7 @@ def test_a_planted_defect_is_found():
         noise = generator.normal(0, 0.02, (n, 32, 32))
         return (0.5 + 0.3 * waves + noise).clip(0, 1)
 
-    X_train, X_test = stripes(64), stripes(20)
+    X_train, X_test = stripes(32), stripes(20)
     masks = np.zeros(X_test.shape, bool)
     for index, (row, column) in enumerate(generator.integers(2, 22, (10, 2))):
         masks[index, row : row + 8, column : column + 8] = True
@@ -346,7 +346,7 @@ def test_a_planted_defect_is_found():
         reconstructive_width=8,
         discriminative_width=8,
         rotation=0.0,
-        max_epochs=10,
+        max_epochs=12,
         learning_rate=3e-3,
         random_state=0,
     ).fit(X_train)
