@@ -257,18 +257,22 @@ class Training:
     """One training step of a fitted detector, and the bare passes in it."""
 
     def __init__(self, detector, X, y):
-        captured = {}
+        captured, during_fit = {}, {}
         train = skanomaly.base.train
 
         def capture(network, images, labels=None, **settings):
             captured.update(settings, images=images, labels=labels)
-            return train(network, images, labels, **settings)
+            completed = train(network, images, labels, **settings)
+            during_fit.update(vars(detector))
+            return completed
 
         skanomaly.base.train = capture
         try:
             detector.fit(X, y)
         finally:
             skanomaly.base.train = train
+        # what the losses read and the fit has tidied up
+        vars(detector).update({**during_fit, **vars(detector)})
         self.network = detector.network_
         self.images, self.labels = captured["images"], captured["labels"]
         self.losses, self.precision = captured["losses"], captured["precision"]
