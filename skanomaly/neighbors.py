@@ -1,5 +1,6 @@
 """Nearest neighbours among many vectors, exactly and in bounded memory."""
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -125,6 +126,16 @@ def rank_candidates(queries, gallery, candidates, n_neighbors):
     return distances, candidates.gather(1, kept)
 
 
+@contextlib.contextmanager
+def _torch_threads_kept():
+    """Undo that numba, where it uses OpenMP, sets the number of threads for torch."""
+    n_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 class ApproximateIndex:
     """Approximate nearest neighbours by pynndescent, re-ranked exactly.
 
@@ -156,8 +167,9 @@ class ApproximateIndex:
         from pynndescent import NNDescent
 
         self.gallery = gallery
-        self.index = NNDescent(gallery, random_state=random_state)
-        self.index.prepare()
+        with _torch_threads_kept():
+            self.index = NNDescent(gallery, random_state=random_state)
+            self.index.prepare()
         self.recall_ = self._measure_recall(np.random.default_rng(random_state))
         if self.recall_ < MIN_RECALL:
             warnings.warn(
@@ -182,7 +194,8 @@ class ApproximateIndex:
             Exact distances of the neighbours found, in ascending order, and their rows.
         """
         n_candidates = min(max(N_CANDIDATES, 2 * n_neighbors), len(self.gallery))
-        found, _ = self.index.query(queries.cpu().numpy(), k=n_candidates)
+        with _torch_threads_kept():
+            found, _ = self.index.query(queries.cpu().numpy(), k=n_candidates)
         candidates = torch.from_numpy(found.astype(np.int64))
         candidates[candidates < 0] = len(self.gallery)
         return rank_candidates(

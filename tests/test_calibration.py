@@ -206,19 +206,23 @@ def test_in_a_search():
     masks = np.zeros(X.shape[:3], bool)
     masks[18:, 8:16, 8:16] = True
     search = GridSearchCV(
-        ThresholdCalibrator(SPADE(gallery_size=2, **SMALL), false_positive_rate=0.2),
+        ThresholdCalibrator(
+            SPADE(gallery_size=2, **SMALL), false_positive_rate=0.2, cv=2
+        ),
         {"estimator__n_neighbors": [1, 3]},
         scoring=anomaly_roc_auc,
-        cv=OneClassKFold(3),
+        cv=OneClassKFold(2),
     ).fit(X, y)
     assert search.best_score_ > 0.8
     assert localize(search, X).shape == masks.shape
     assert search.best_estimator_.segment(X).dtype == bool
     by_map = GridSearchCV(
-        ThresholdCalibrator(SPADE(gallery_size=2, **SMALL), false_positive_rate=0.2),
+        ThresholdCalibrator(
+            SPADE(gallery_size=2, **SMALL), false_positive_rate=0.2, cv=2
+        ),
         {"estimator__n_neighbors": [1, 3]},
         scoring=make_localization_scorer(pixel_roc_auc_score),
-        cv=OneClassKFold(3),
+        cv=OneClassKFold(2),
     ).fit(X, masks)
     assert by_map.best_score_ > 0.8
 

@@ -126,6 +126,12 @@ def queries():
     return torch.from_numpy(rng.normal(size=(300, 16)).astype(np.float32))
 
 
+def test_an_index_leaves_the_number_of_threads(index, queries):
+    n_threads = torch.get_num_threads()
+    ApproximateIndex(index.gallery[:200], 0).search(queries, 3)
+    assert torch.get_num_threads() == n_threads
+
+
 def test_index_finds_most_neighbors_at_exact_distances(index, vectors, queries):
     assert 0.95 < index.recall_ <= 1
     distances, indices = index.search(queries, 3)

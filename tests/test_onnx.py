@@ -22,7 +22,7 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-BACKBONE = {"backbone": "shufflenet_v2_x0_5", "weights": None}
+BACKBONE = {"backbone": "resnet18", "n_neighbors": 3, "weights": None}
 TRAINED = {"max_epochs": 1, "n_iter_no_change": None}
 
 EXPORTABLE = [
@@ -41,14 +41,10 @@ EXPORTABLE = [
     ),
     ("PNet", {"structure_epochs": 1, "width": 4, "critic_width": 4, **TRAINED}),
     ("DeScarGAN", {"image_score": "map", "width": 4, "critic_width": 4, **TRAINED}),
+    ("SPADE", {"layers": ("layer1", "layer2"), "gallery_size": 5, **BACKBONE}),
     (
         "SPADE",
-        {"layers": ("stage2", "stage3"), "gallery_size": 5, "n_neighbors": 3}
-        | BACKBONE,
-    ),
-    (
-        "SPADE",
-        {"layers": ("stage2",), "gallery_size": 3, "n_pixel_neighbors": 3}
+        {"layers": ("layer1",), "gallery_size": 3, "n_pixel_neighbors": 3}
         | {"image_score": "max", **BACKBONE},
     ),
 ]
@@ -118,7 +114,7 @@ def test_what_cannot_be_exported_says_why(tmp_path):
     mnad = MNAD(width=2, update_at_test=True, **TRAINED).fit(X)
     with pytest.raises(TypeError, match="MNAD cannot be exported: with update_at_test"):
         export(mnad, path)
-    spade = SPADE(layers=("stage2",), gallery_size=0, n_neighbors=2, **BACKBONE).fit(X)
+    spade = SPADE(layers=("layer1",), gallery_size=0, **BACKBONE).fit(X)
     with pytest.raises(TypeError, match=r"SPADE cannot be exported.*no gallery"):
         export(spade, path)
     with pytest.raises(TypeError, match="Pipeline is no detector"):
