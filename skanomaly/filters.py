@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+BLOCK = 64
+
 
 def _no_autocast(device_type):
     """Return the context that ends autocast; not every device knows autocast."""
@@ -104,22 +106,20 @@ def gaussian_blur(images, sigma, *, radius=None, padding="reflect"):
     height, width = images.shape[-2:]
     vertical = _gaussian_matrix(height, sigma, radius, padding, images)
     horizontal = _gaussian_matrix(width, sigma, radius, padding, images)
-    blurred = _multiply_band(vertical, images, radius)
-    return _multiply_band(horizontal, blurred.mT, radius).mT
+    if max(height, width) <= 2 * BLOCK:
+        # the copy that joins the blocks costs more than they save where they are few
+        return vertical @ images @ horizontal.T
+    rows = [vertical[p, r] @ images[..., r, :] for p, r in _blocks(height, radius)]
+    blurred = torch.cat(rows, dim=-2)
+    columns = [blurred[..., r] @ horizontal[p, r].T for p, r in _blocks(width, radius)]
+    return torch.cat(columns, dim=-1)
 
 
-def _multiply_band(matrix, images, radius, block=64):
-    """Return ``matrix @ images``, where only a band of the matrix is not zero."""
-    size = len(matrix)
-    # the copy that joins the blocks costs more than they save where they are few
-    if size <= 2 * block:
-        return matrix @ images
-    places = [slice(i, min(size, i + block)) for i in range(0, size, block)]
-    reached = [slice(max(0, p.start - radius), p.stop + radius) for p in places]
-    parts = [
-        matrix[p, r] @ images[..., r, :] for p, r in zip(places, reached, strict=True)
-    ]
-    return torch.cat(parts, dim=-2)
+def _blocks(size, radius):
+    """Yield slices of the rows and the columns where a banded matrix is not zero."""
+    for start in range(0, size, BLOCK):
+        stop = min(size, start + BLOCK)
+        yield slice(start, stop), slice(max(0, start - radius), stop + radius)
 
 
 @full_precision

@@ -346,7 +346,7 @@ def test_a_planted_defect_is_found():
         reconstructive_width=8,
         discriminative_width=8,
         rotation=0.0,
-        max_epochs=12,
+        max_epochs=24,
         learning_rate=3e-3,
         random_state=0,
     ).fit(X_train)
