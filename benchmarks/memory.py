@@ -2,8 +2,8 @@
 
 Writes images into a folder, reads them into a memory-mapped file by LoadImages, and
 fits, scores and localizes from there. The maps go into a memory-mapped file as well.
-Printed is how far the process's memory rises above what it was before, pages of mapped
-files included::
+Printed is how far the process's largest memory, pages of mapped files included, lies
+above what it has after the imports::
 
     python benchmarks/memory.py --images 20000 --size 64
 """
@@ -33,10 +33,10 @@ def main():
     if options.threads:
         torch.set_num_threads(options.threads)
 
+    start = peak()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         paths = write_images(folder, options.images, options.size)
-        start = peak()
         images = LoadImages(memmap=folder).fit_transform(paths)
         report("load", start)
         detector = Autoencoder(

@@ -257,14 +257,15 @@ class Autoencoder(_ReconstructionDetector):
 
     Notes
     -----
-    The network halves the image until its shorter side is about 8 pixels; for 128 and
-    256 pixels it is that of the paper. Other sizes are padded by replication.
+    The network halves the image until its shorter side is about 8 pixels; for 128
+    pixels it is that of the paper, for 256 that of public ports. Other sizes are padded
+    by replication.
 
     The initial weights, which no source gives, keep the variance from layer to layer
     [2]_. With the smaller ones of torch the squared loss can stay for a hundred epochs
     where all reconstructions are alike.
 
-    The paper trains on 10,000 random crops of the images, which are also rotated and
+    Public ports train on 10,000 random crops of the images, which are also rotated and
     flipped. Here an epoch takes one crop of each image, and there is no augmentation.
     The paper defines no score of an image; here it is the maximum of the smoothed map.
     The structural similarity mirrors the image at its border. There is no early stop
@@ -347,7 +348,8 @@ class Autoencoder(_ReconstructionDetector):
 
     def _fit(self, images, labels):
         constants = self.ssim_constants
-        if len(constants) != 2 or min(constants) <= 0:
+        valid = (isinstance(c, Real) and 0 < c < math.inf for c in constants)
+        if len(constants) != 2 or not all(valid):
             raise ValueError(f"ssim_constants={constants!r} must be two numbers > 0.")
         super()._fit(images, labels)
 

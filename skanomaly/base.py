@@ -338,11 +338,12 @@ class AnnotatedImages:
     def __getitem__(self, indices):
         """Return images and annotations as float32: (b, C + 1, H, W)."""
         images = self.images[indices]
-        new = [i for i, index in enumerate(indices) if index not in self.known]
+        numbers = np.arange(len(self))[indices].tolist()
+        new = [i for i, number in enumerate(numbers) if number not in self.known]
         if new:
             for i, annotation in zip(new, self.annotate(images[new]), strict=True):
-                self.known[indices[i]] = annotation
-        annotations = np.stack([self.known[index] for index in indices])
+                self.known[numbers[i]] = annotation
+        annotations = np.stack([self.known[number] for number in numbers])
         annotations = torch.from_numpy(annotations.astype(np.float32))
         return torch.cat([images, annotations[:, None].to(images.device)], dim=1)
 
@@ -528,11 +529,15 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         images = self._images(X)
         shape = (len(images), *self._map_shape)
         result = np.empty(shape, np.float32) if out is None else out
+        if not isinstance(result, np.ndarray):
+            raise TypeError(f"out must be an array, got {type(out).__name__}.")
         if result.shape != shape or result.dtype.kind != "f":
             raise ValueError(
                 f"out has shape {result.shape} and type {result.dtype}, but the maps "
                 f"are of shape {shape} and floating-point."
             )
+        if not result.flags.writeable:
+            raise ValueError("out is read-only: open the file with mode='r+' or 'w+'.")
         for rows, _, maps in self._evaluate(images, maps_wanted=True):
             result[rows] = maps
         return result

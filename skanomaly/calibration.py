@@ -20,11 +20,13 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from .base import BaseDetector, check_labels
+from .pipeline import with_maps
 
 
 def _estimator_has(method):
     def has(calibrator):
-        return hasattr(getattr(calibrator, "estimator_", calibrator.estimator), method)
+        estimator = getattr(calibrator, "estimator_", calibrator.estimator)
+        return hasattr(with_maps(estimator), method)
 
     return has
 
@@ -163,7 +165,8 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If ``method="loo"`` and the estimator cannot leave one image out.
+            If ``method="loo"`` and the estimator cannot leave one image out, or
+            ``method="cv"`` and it has a checkpoint, which belongs to one fit.
 
         Warns
         -----
@@ -182,6 +185,12 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
                 f"which {type(final).__name__} cannot do without a fit for each: take "
                 "'cv' or 'holdout'."
             )
+        if self.method == "cv" and getattr(final, "checkpoint", None) is not None:
+            raise ValueError(
+                f"checkpoint={str(final.checkpoint)!r} belongs to one fit, but "
+                "method='cv' fits one detector for each fold: take checkpoint=None, or "
+                "method='holdout'."
+            )
         X, y = indexable(X, y)
         n_samples = _num_samples(X)
         labels = check_labels(y, n_samples)
@@ -199,6 +208,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
             )
 
         self.__dict__.pop("offset_", None)
+        self.__dict__.pop("map_threshold_", None)
         if self.method == "loo":
             self.estimator_ = fitted(np.arange(len(normal)))
             scores, peaks = _detector(self.estimator_)._leave_one_out()
@@ -328,7 +338,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
             Anomaly maps, high where anomalous.
         """
         check_is_fitted(self)
-        return self.estimator_.localize(X)
+        return with_maps(self.estimator_).localize(X)
 
     @available_if(_estimator_has("segment"))
     def segment(self, X):
@@ -348,7 +358,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
             calls anomalous.
         """
         check_is_fitted(self)
-        return self.estimator_.segment(X)
+        return with_maps(self.estimator_).segment(X)
 
 
 def _detector(estimator):

@@ -24,10 +24,15 @@ MAX_GRADIENT_NORM = 10.0
 
 def _unit(wide, narrow):
     convolution = nn.Conv2d(wide, narrow, 3, padding=1)
-    nn.init.kaiming_normal_(convolution.weight)
-    nn.init.zeros_(convolution.bias)
     norm = nn.InstanceNorm2d(narrow, affine=True)
     return [convolution, norm, nn.ReLU(inplace=True)]
+
+
+def _initialise(network, draw_weights):
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            draw_weights(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 class TwoHeadedGenerator(nn.Module):
@@ -56,6 +61,7 @@ class TwoHeadedGenerator(nn.Module):
             )
             for _ in range(2)
         )
+        _initialise(self, nn.init.kaiming_normal_)
 
     def forward(self, images):
         """Return the healthy and the diseased version (b, c, h, w), in [-1, 1]."""
@@ -124,6 +130,7 @@ class ThreeHeadedCritic(nn.Module):
             nn.Dropout(0.1),
             nn.Linear(64, 2),
         )
+        _initialise(self, nn.init.xavier_normal_)
 
     def forward(self, images):
         """Return features that all heads take."""
@@ -131,10 +138,7 @@ class ThreeHeadedCritic(nn.Module):
 
 
 def _plain_unit(wide, narrow):
-    convolution = nn.Conv2d(wide, narrow, 3, padding=1)
-    nn.init.xavier_normal_(convolution.weight)
-    nn.init.zeros_(convolution.bias)
-    return [convolution, nn.ReLU(inplace=True)]
+    return [nn.Conv2d(wide, narrow, 3, padding=1), nn.ReLU(inplace=True)]
 
 
 class DeScarGAN(NetworkDetector):

@@ -112,7 +112,7 @@ class InpaintingTransformer(nn.Module):
         tokens = tokens + self.positions[positions]  # (w, n_tokens, width)
 
         # the early blocks feed their mirror images, as the levels of a U-Net do
-        n_pairs = len(self.blocks) // 2
+        n_pairs = (len(self.blocks) - 1) // 2
         early = []
         for i, block in enumerate(self.blocks):
             if i >= len(self.blocks) - n_pairs:
@@ -228,14 +228,15 @@ class InTra(NetworkDetector):
     - The paper draws 600 windows an image and epoch. Here an epoch has
       ``windows_per_image``, so that 19 epochs make one of the paper's, and
       ``n_iter_no_change=950`` 50 of them.
-    - The window of the structural similarity is as large as a patch, and 11 pixels at
-      most.
+    - The window of the structural similarity is odd, no larger than a patch, and 11
+      pixels at most.
     - There is no augmentation and no dropout.
     - Images are padded by replication to a multiple of ``patch_size``.
 
     On a processor, images of 64 pixels, ``patch_size=8``, ``window_size=5``,
-    ``width=128``, ``n_heads=4``, ``n_blocks=5`` and ``learning_rate=1e-3`` are a good
-    start.
+    ``width=128``, ``n_heads=4``, ``n_blocks=5``, ``windows_per_image=8``,
+    ``learning_rate=1e-3``, ``max_epochs=100`` and ``n_iter_no_change=None`` are a good
+    start for some fifty images.
 
     References
     ----------

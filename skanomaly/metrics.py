@@ -13,6 +13,7 @@ from sklearn.metrics._scorer import _BaseScorer
 from sklearn.utils.validation import _num_samples
 
 from .base import required_labels
+from .pipeline import with_maps
 
 
 def pixel_roc_auc_score(masks, maps):
@@ -517,7 +518,7 @@ class _LocalizationScorer(_BaseScorer):
 
 
 def _call_method(estimator, method, X):
-    return getattr(estimator, method)(X)
+    return getattr(with_maps(estimator), method)(X)
 
 
 def _check_masks_and_maps(masks, maps, ndim=None):

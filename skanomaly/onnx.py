@@ -1,6 +1,7 @@
 """Export of fitted detectors to ONNX, for machines without Python or torch."""
 
 import copy
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ N_CANDIDATES = 4
 def export(detector, path, *, batch_size=1):
     """Write a fitted detector into an ONNX file.
 
-    The file takes images as they come from a camera and holds all that happens to them,
-    so that ``onnxruntime`` needs nothing else::
+    The file takes images of the size of the training images as bytes and holds all that
+    the detector does to them, so that ``onnxruntime`` needs nothing else::
 
         session = onnxruntime.InferenceSession("detector.onnx")
         maps, scores = session.run(None, {"images": images})
@@ -48,7 +49,10 @@ def export(detector, path, *, batch_size=1):
     TypeError
         If the estimator is no detector, or of a method that a fixed graph cannot hold.
     ValueError
-        If the detector learned from clips, or its network and gallery exceed 2 GiB.
+        If `batch_size` is no positive integer, the detector learned from clips, or its
+        network and gallery exceed 2 GiB.
+    FileNotFoundError
+        If the folder of `path` does not exist.
     ImportError
         If onnx or onnxscript is missing.
 
@@ -78,6 +82,11 @@ def export(detector, path, *, batch_size=1):
     >>> detector = Autoencoder(code_size=8, width=4, max_epochs=1).fit(X)
     >>> export(detector, "detector.onnx")  # doctest: +SKIP
     """
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be an integer >= 1.")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r}: its folder does not exist.")
     thresholds = detector
     if isinstance(detector, ThresholdCalibrator):
         check_is_fitted(detector)
@@ -110,7 +119,7 @@ def export(detector, path, *, batch_size=1):
             "map_threshold": repr(float(thresholds.map_threshold_)),
         },
     )
-    with replacing(Path(path)) as temporary:
+    with replacing(path) as temporary:
         onnx.save(model, temporary)
 
 

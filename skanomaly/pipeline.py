@@ -137,7 +137,8 @@ def localize(estimator, X):
     Raises
     ------
     TypeError
-        If there is no detector in the estimator.
+        If there is no detector in the estimator, or a search is not fitted or was told
+        not to refit.
 
     See Also
     --------
@@ -154,18 +155,20 @@ def localize(estimator, X):
     >>> localize(pipeline, X).shape
     (8, 24, 20)
     """
-    if hasattr(estimator, "localize"):
-        return estimator.localize(X)
-    if hasattr(estimator, "best_estimator_"):
-        return localize(estimator.best_estimator_, X)
-    if isinstance(estimator, sklearn_pipeline.Pipeline) and hasattr(
-        estimator._final_estimator, "localize"
-    ):
-        return Pipeline(estimator.steps).localize(X)
+    holder = with_maps(getattr(estimator, "best_estimator_", estimator))
+    if hasattr(holder, "localize"):
+        return holder.localize(X)
     raise TypeError(
         f"{type(estimator).__name__} has no maps: localize takes a fitted detector, a "
-        "pipeline that ends in one, or a search among these."
+        "pipeline that ends in one, or a fitted search among these, with refit=True."
     )
+
+
+def with_maps(estimator):
+    """Return a pipeline of scikit-learn as one of ours, anything else as it is."""
+    if isinstance(estimator, sklearn_pipeline.Pipeline):
+        return Pipeline(estimator.steps)
+    return estimator
 
 
 def _transformers(steps):

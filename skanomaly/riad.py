@@ -130,8 +130,9 @@ class RIAD(NetworkDetector):
 
     The same masks are drawn for every image and every call after one fit.
 
-    On a processor, images of 64 pixels, ``width=16``, ``cell_sizes=(2, 4, 8)`` and
-    ``learning_rate=1e-3`` are a good start.
+    On a processor, images of 64 pixels, ``width=16``, ``cell_sizes=(2, 4, 8)``,
+    ``learning_rate=1e-3``, ``max_epochs=50`` and ``n_iter_no_change=None`` are a good
+    start for some fifty images.
 
     References
     ----------

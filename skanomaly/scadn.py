@@ -174,9 +174,9 @@ class SCADN(NetworkDetector):
     - Images are padded by replication to a multiple of 8 and at least 32 pixels.
 
     On a processor, images of 64 pixels, ``width=16``, ``n_blocks=4``,
-    ``critic_width=16`` and ``learning_rate=5e-4`` are a good start. The maximum of a
-    smoothed map (``image_score="max"``, ``smoothing_size=21``) finds small defects
-    better than the mean.
+    ``critic_width=16``, ``learning_rate=5e-4`` and ``max_epochs=50`` are a good start
+    for some fifty images. The maximum of a smoothed map (``image_score="max"``,
+    ``smoothing_size=21``) finds small defects better than the mean.
 
     References
     ----------

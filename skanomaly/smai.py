@@ -20,6 +20,8 @@ from .losses import ssim_loss
 from .masking import superpixels
 from .networks import InpaintingUNet
 
+SUPERPIXELS_AT_ONCE = 32
+
 
 def _group_norm(channels):
     return nn.GroupNorm(math.gcd(channels, 8), channels)
@@ -134,8 +136,9 @@ class SMAI(NetworkDetector):
 
     Images are padded by replication to a multiple of 16 pixels.
 
-    On a processor, images of 64 pixels, ``n_segments=80``, ``width=16`` and
-    ``learning_rate=1e-3`` are a good start.
+    On a processor, images of 64 pixels, ``n_segments=80``, ``width=16``,
+    ``learning_rate=1e-3``, ``max_epochs=100`` and ``n_iter_no_change=None`` are a good
+    start for some fifty images.
 
     References
     ----------
@@ -221,7 +224,13 @@ class SMAI(NetworkDetector):
                 f"hidden_fraction={self.hidden_fraction!r} must be a range (low, high) "
                 "within [0, 1]."
             )
-        super()._fit(AnnotatedImages(images, self._segment), labels)
+        annotated = AnnotatedImages(images, self._segment)
+        super()._fit(annotated, labels)
+        self._annotated = annotated
+
+    def _set_thresholds(self, images):
+        # the superpixels of the training are not searched again
+        super()._set_thresholds(self.__dict__.pop("_annotated"))
 
     def _segment(self, images):
         """Return the numbers (b, h, w) of the superpixels of images, as an array."""
@@ -258,13 +267,17 @@ class SMAI(NetworkDetector):
 
     def _embed(self, images):
         """Return the squared errors and the numbers of superpixels, (b, h, w) both."""
-        labels = torch.from_numpy(self._segment(images)).long().to(images.device)
+        if images.shape[1] == self.image_shape_[2]:
+            labels = torch.from_numpy(self._segment(images)).to(images.device)
+        else:
+            images, labels = images[:, :-1], images[:, -1]
+        labels = labels.long()
         counts = labels.amax(dim=(1, 2)) + 1
         owners = torch.arange(len(images), device=images.device)
         owners = owners.repeat_interleave(counts)  # (n,): whose superpixel it is
         numbers = torch.cat([torch.arange(n, device=images.device) for n in counts])
         errors = images.new_zeros(labels.shape)
-        for chunk in gen_batches(len(owners), self.batch_size):
+        for chunk in gen_batches(len(owners), SUPERPIXELS_AT_ONCE):
             owner, number = owners[chunk], numbers[chunk, None, None]
             masks = (labels[owner] == number)[:, None].float()  # (m, 1, h, w)
             painted = self.network_(images[owner], masks)

@@ -152,8 +152,9 @@ def train(
     Warns
     -----
     UserWarning
-        If interrupted from the keyboard (the network stays as it is then), or if a
-        silent fit turns out to need more than an hour.
+        If interrupted from the keyboard (the network stays as it is then, or goes back
+        to the best weights of an early stop), or if a silent fit turns out to need more
+        than an hour.
     """
     schedulers = {}
 

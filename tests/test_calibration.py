@@ -3,10 +3,10 @@ import warnings
 
 import numpy as np
 import pytest
+from sklearn import pipeline as sklearn_pipeline
 from sklearn.base import BaseEstimator, OutlierMixin, clone
 from sklearn.ensemble import IsolationForest
 from sklearn.model_selection import GridSearchCV, KFold
-from sklearn.pipeline import make_pipeline as sklearn_make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
 from skanomaly import (
@@ -198,6 +198,37 @@ def test_around_a_pipeline():
     np.testing.assert_array_equal(loaded.segment(defective), marked)
 
 
+def test_a_pipeline_of_scikit_learn_has_maps():
+    X = noisy(24, size=40)
+    steps = [("size", ResizeImages(size=20)), ("detector", SPADE(**SMALL))]
+    ours = ThresholdCalibrator(Pipeline(steps), false_positive_rate=0.1).fit(X)
+    plain = ThresholdCalibrator(
+        sklearn_pipeline.Pipeline(steps), false_positive_rate=0.1
+    ).fit(X)
+    assert plain.map_threshold_ == ours.map_threshold_
+    np.testing.assert_array_equal(plain.localize(X[:3]), ours.localize(X[:3]))
+    np.testing.assert_array_equal(plain.segment(X[:3]), ours.segment(X[:3]))
+
+
+def test_the_rate_of_false_alarms_in_maps_holds():
+    """On average over new images, as that of the scores does."""
+    rates = []
+    for seed in range(8):
+        detector = SPADE(n_neighbors=2, gallery_size=3, **SMALL)
+        calibrator = ThresholdCalibrator(
+            detector, method="holdout", cv=2, false_positive_rate=0.2
+        ).fit(noisy(58, seed=seed))
+        maps = calibrator.localize(noisy(50, seed=100 + seed))
+        rates.append((maps.max(axis=(1, 2)) > calibrator.map_threshold_).mean())
+    assert 0.12 < np.mean(rates) < 0.28
+
+
+def test_a_checkpoint_belongs_to_one_fit(tmp_path):
+    detector = Autoencoder(max_epochs=1, checkpoint=tmp_path / "progress")
+    with pytest.raises(ValueError, match=r"checkpoint=.*method='holdout'"):
+        ThresholdCalibrator(detector).fit(noisy(12))
+
+
 def test_in_a_search():
     X, defective = noisy(18), noisy(6, seed=1)
     defective[:, 8:16, 8:16] = 255 - defective[:, 8:16, 8:16]
@@ -251,10 +282,10 @@ def test_localize_finds_the_detector():
     detector = SPADE(gallery_size=2, n_neighbors=1, **SMALL).fit(X)
     expected = detector.localize(X)
     np.testing.assert_array_equal(localize(detector, X), expected)
-    pipeline = sklearn_make_pipeline(ResizeImages(size=24), detector).fit(X)
+    pipeline = sklearn_pipeline.make_pipeline(ResizeImages(size=24), detector).fit(X)
     np.testing.assert_allclose(localize(pipeline, X), expected, rtol=1e-5)
     with pytest.raises(TypeError, match="Pipeline has no maps"):
-        localize(sklearn_make_pipeline(ResizeImages(size=24)), X)
+        localize(sklearn_pipeline.make_pipeline(ResizeImages(size=24)), X)
 
 
 @pytest.mark.filterwarnings("ignore:y is ignored", "ignore:.*cannot support")

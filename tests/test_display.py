@@ -1,3 +1,6 @@
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin
@@ -155,6 +158,22 @@ def test_from_estimator(from_paths):
             right.images[-1].get_array(), images[i].mean(axis=-1)
         )
     assert [len(outlines(ax, SEGMENT_COLOR)) for ax in display.axes_[:, 1]] == [0, 1]
+
+
+def test_the_first_page_of_the_documentation(tmp_path, monkeypatch):
+    page = Path(__file__).parents[1] / "doc" / "first_heat_map.rst"
+    block = page.read_text().partition(".. code-block:: python")[2]
+    lines = [line for line in block.splitlines() if line.strip()]
+    end = next(i for i, line in enumerate(lines) if not line.startswith("   "))
+    assert end == 10
+    code = textwrap.dedent("\n".join(lines[:end]))
+    assert "max_epochs=22" in code
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    code = code.replace("max_epochs=22", "max_epochs=1")
+    exec(code.replace("load_textures()", "load_textures(n_train=8, n_test=12)"), names)
+    assert names["masks"].any()
+    assert (tmp_path / "maps.png").exists()
 
 
 def test_shapes_that_do_not_fit_are_named():

@@ -124,8 +124,11 @@ def test_the_order_of_patches_and_positions_does_not_matter():
     )
 
 
-def test_early_blocks_feed_their_mirror_images():
-    network = InpaintingTransformer(12, 9, 16, 2, 5).eval()
+@pytest.mark.parametrize(
+    ("n_blocks", "pairs"), [(2, {}), (4, {3: 0}), (5, {4: 0, 3: 1})]
+)
+def test_early_blocks_feed_their_mirror_images(n_blocks, pairs):
+    network = InpaintingTransformer(12, 9, 16, 2, n_blocks).eval()
     inputs, outputs = {}, {}
 
     def record(block, arguments, output):
@@ -134,10 +137,11 @@ def test_early_blocks_feed_their_mirror_images():
     for block in network.blocks:
         block.register_forward_hook(record)
     network(torch.randn(2, 9, 16), torch.arange(9)[None], torch.tensor([0, 3]))
-    assert torch.equal(inputs[1], outputs[0])
-    assert torch.equal(inputs[2], outputs[1])
-    assert torch.equal(inputs[3], outputs[2] + outputs[1])
-    assert torch.equal(inputs[4], outputs[3] + outputs[0])
+    for i in range(1, n_blocks):
+        expected = outputs[i - 1]
+        if i in pairs:
+            expected = expected + outputs[pairs[i]]
+        assert torch.equal(inputs[i], expected)
 
 
 def test_loss():

@@ -110,6 +110,14 @@ def test_ssim_of_equal_images_is_one_and_symmetric():
     assert ssim_loss(x, y) > 0.3
 
 
+def test_ssim_falls_when_a_constant_is_added():
+    images = torch.rand(2, 3, 16, 16)
+    assert ssim_map(images, images + 0.2, padding="reflect").max() < 1 - 1e-3
+    similarity = ssim_map(images, 1 - images, padding="reflect")
+    assert similarity.min() >= -1
+    assert similarity.mean() < 0  # the structure is the opposite
+
+
 def test_gms_map_equals_the_loop():
     x, y = random_pair(2, 2, 7, 10)
     result = gms_map(x, y)

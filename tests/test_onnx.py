@@ -125,6 +125,10 @@ def test_what_cannot_be_exported_says_why(tmp_path):
         export(clip_detector.fit(clips), path)
     with pytest.raises(NotFittedError):
         export(MNAD(), path)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        export(mnad, path, batch_size=0)
+    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
+        export(mnad, tmp_path / "nowhere" / "detector.onnx")
     assert path.read_text() == "old"
 
 

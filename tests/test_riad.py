@@ -141,7 +141,9 @@ def test_an_image_equal_to_what_is_painted_has_an_empty_map():
 
 def test_flat_images_have_finite_gradients():
     model = build().network_.train()
-    images = torch.full((2, 3, 24, 20), 0.5)
+    for parameter in model.parameters():  # what is painted is flat, too
+        torch.nn.init.zeros_(parameter)
+    images = torch.full((2, 3, 24, 20), 0.3)
     ((_, loss),) = build()._losses(model, Batch(images, None, 0))
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -149,10 +149,6 @@ def test_maps_keep_the_worse_of_both_repaints_and_the_most_unusual_scale(fitted)
                 (generator(images, m[None]) - images).square().mean(dim=1) * m
                 for m in stripe_masks(32, 32, n_stripes=n)
             ]
-            assert all(
-                (e * (1 - m) == 0).all()
-                for e, m in zip(errors, stripe_masks(32, 32, n_stripes=n), strict=True)
-            )
             every.append(torch.stack(errors).amax(dim=0))
     every = torch.stack(every, dim=1).numpy()  # (n, 2, h, w)
     excess = every.mean(axis=(2, 3)) - fitted.stripe_errors_

@@ -52,6 +52,17 @@ def test_other_arrays_for_maps_are_refused(out):
         detector.localize(X, out=out)
 
 
+def test_what_cannot_be_written_is_refused_before_the_work():
+    X = random_images(10)
+    detector = SPADE(gallery_size=2, n_neighbors=1, **SMALL).fit(X)
+    out = np.zeros((10, 24, 24), np.float32)
+    with pytest.raises(TypeError, match="out must be an array, got list"):
+        detector.localize(X, out=out.tolist())
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        detector.localize(X, out=out)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """Two worker processes of dask, behind joblib's backend."""

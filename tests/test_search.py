@@ -13,8 +13,9 @@ from sklearn.model_selection import (
     StratifiedKFold,
     cross_val_score,
 )
+from sklearn.pipeline import make_pipeline as make_sklearn_pipeline
 
-from skanomaly import SPADE, localize
+from skanomaly import SPADE, ResizeImages, localize
 from skanomaly.metrics import (
     anomaly_average_precision,
     anomaly_roc_auc,
@@ -106,6 +107,29 @@ def test_searches_take_both_kinds_of_scorers(search, kind, data):
     found.fit(X[order], (y if kind == "images" else masks)[order])
     assert found.best_score_ > 0.7
     assert localize(found, X).shape == masks.shape
+
+
+def test_halving_in_two_rounds(data):
+    X, y, _ = data
+    search = HalvingGridSearchCV(
+        detector(),
+        {"n_neighbors": [1, 2, 3]},
+        scoring=anomaly_roc_auc,
+        cv=OneClassKFold(2),
+        min_resources=14,
+        return_train_score=False,
+        random_state=0,
+    ).fit(X, y)
+    assert search.n_iterations_ == 2
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert search.best_score_ > 0.7
+
+
+def test_pixel_scorers_take_pipelines_of_scikit_learn(data):
+    X, y, masks = data
+    pipeline = make_sklearn_pipeline(ResizeImages(size=24), detector()).fit(X[y == 1])
+    scorer = make_localization_scorer(pixel_roc_auc_score)
+    assert scorer(pipeline, X, masks) == scorer(pipeline[-1], X, masks)
 
 
 def test_sorted_labels_with_an_integer_cv_give_no_number(data):

@@ -174,8 +174,7 @@ def test_superpixels_of_a_training_are_found_once(monkeypatch):
         lambda self, images: calls.append(len(images)) or original(self, images),
     )
     detector(max_epochs=4, batch_size=2).fit(X)
-    # once for the training, and once for the thresholds
-    assert sum(calls) == 12
+    assert sum(calls) == 6
 
 
 def test_images_of_one_colour_do_not_crash():
