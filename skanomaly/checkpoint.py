@@ -12,6 +12,7 @@ import torch
 from sklearn.utils import gen_batches
 
 BATCH_BYTES = 2**24
+CHECKSUM_BYTES = 4
 
 
 @contextlib.contextmanager
@@ -52,6 +53,10 @@ def content_checksum(array):
     return checksum
 
 
+def _checksum(content):
+    return zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big")
+
+
 class Checkpoint:
     """The progress of one fit.
 
@@ -82,6 +87,9 @@ class Checkpoint:
         except FileNotFoundError:
             return None
         try:
+            content, checksum = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
+            if checksum != _checksum(content):
+                raise ValueError("its checksum does not fit")
             saved = pickle.loads(content)
             facts = saved["facts"]
         except Exception as error:
@@ -105,8 +113,10 @@ class Checkpoint:
     def save(self, estimator, loop):
         """Write the state of an estimator and of its training loop."""
         state = {"facts": self.facts, "estimator": estimator, "loop": loop}
+        content = pickle.dumps(state, protocol=5)
         with replacing(self.path) as temporary, open(temporary, "xb") as file:
-            pickle.dump(state, file, protocol=5)
+            file.write(content)
+            file.write(_checksum(content))
             file.flush()
             os.fsync(file.fileno())
 

@@ -256,6 +256,17 @@ def test_other_files_are_refused_before_any_training(content, tmp_path):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
+def test_one_wrong_bit_is_found(place, monkeypatch, tmp_path):
+    path = tmp_path / "progress"
+    killed_fit(detector(checkpoint=path), random_images(), 2, monkeypatch)
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="its checksum does not fit"):
+        detector(checkpoint=path).fit(random_images())
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         detector(checkpoint=tmp_path / "none" / "progress").fit(random_images())
