@@ -135,6 +135,9 @@ def test_an_image_equal_to_what_is_painted_has_an_empty_map():
     model.n_features_in_ = 24 * 20 * 3
     X = np.full((1, 24, 20, 3), (np.tanh(0.3) + 1) / 2, np.float32)
     np.testing.assert_allclose(model.localize(X), 0.0, atol=1e-5)
+    maps = model.localize(np.random.default_rng(0).random((2, 24, 20, 3)))
+    assert maps.min() >= 0
+    assert maps.max() < 1
     # a constant offset has no gradients either
     np.testing.assert_allclose(model.localize(X - 0.2), 0.0, atol=1e-5)
 

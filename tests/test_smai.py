@@ -164,6 +164,20 @@ def test_scores_are_the_largest_mean_error_of_a_superpixel(fitted):
     fitted.set_params(smoothing_size=21)
 
 
+class Perfect(torch.nn.Module):
+    def forward(self, images, masks):
+        return images
+
+
+def test_a_perfect_painter_leaves_nothing():
+    X = random_images(3)
+    model = detector().fit(X)
+    assert model.localize(X).min() >= 0
+    model.network_ = Perfect()
+    assert not model.localize(X).any()
+    assert not model.score_samples(X).any()
+
+
 def test_superpixels_of_a_training_are_found_once(monkeypatch):
     X = random_images(6)
     calls = []
