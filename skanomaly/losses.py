@@ -71,7 +71,7 @@ def ssim_map(
     mean_power = torch.addcmul(mean_x**2, mean_y, mean_y) + c1
     covariance = product - mean_product + (c1 + c2)
     variances = power - mean_power + (c1 + c2)
-    return mean_product * covariance / (mean_power * variances)
+    return mean_product / mean_power * (covariance / variances)
 
 
 def ssim_loss(images, references, **settings):

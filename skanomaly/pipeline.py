@@ -6,6 +6,8 @@ from sklearn.pipeline import _final_estimator_has, _name_estimators
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
+__all__ = ["Pipeline", "localize", "make_pipeline"]
+
 
 class Pipeline(sklearn_pipeline.Pipeline):
     """Chain of transformers and a detector, with anomaly maps at the input resolution.

@@ -11,7 +11,6 @@ def pytest_configure():
     """Compute on one thread, here and in child processes, and draw on no screen."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["MPLBACKEND"] = "Agg"
-    os.environ["NUMBA_OPT"] = "0"  # compiles in half the time
     import torch  # reads OMP_NUM_THREADS
 
     torch.set_num_threads(1)
