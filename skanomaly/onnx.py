@@ -108,6 +108,7 @@ def export(detector, path, *, batch_size=1):
             input_names=["images"],
             output_names=["maps", "scores"],
             dynamo=True,
+            optimize=False,  # onnxruntime does it when it loads the file
             verbose=False,
         )
     model = program.model_proto

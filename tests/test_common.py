@@ -281,31 +281,27 @@ def test_maps(cls, fitted):
     assert segments.dtype == bool
 
 
-# what 12 epochs on 32 images do not teach
-SLOW_LEARNERS = {
-    skanomaly.DRAEM: {"learning_rate": 3e-3},
-    skanomaly.DeScarGAN: {},
-    skanomaly.DifferNet: {},
-    skanomaly.PNet: {},
-    skanomaly.VariationalAutoencoder: {},
+# Numbers of images and epochs. The other methods have a planted defect in their own
+# files.
+PLANTED_HERE = {
+    skanomaly.DifferNet: (48, 20),
+    skanomaly.MNAD: (32, 12),
+    skanomaly.PNet: (48, 20),
+    skanomaly.RIAD: (32, 12),
+    skanomaly.SCADN: (32, 12),
+    skanomaly.SMAI: (32, 12),
 }
 
 
-@pytest.mark.parametrize("cls", DETECTORS)
+@pytest.mark.parametrize("cls", PLANTED_HERE)
 def test_maps_are_high_where_anomalous(cls):
-    n, n_epochs = (48, 20) if cls in SLOW_LEARNERS else (32, 12)
+    n, n_epochs = PLANTED_HERE[cls]
     X, defective = striped(n), striped(4, seed=1)
     defective[:, 8:20, 10:22] = 255 - defective[:, 8:20, 10:22]
     mask = np.zeros((4, 32, 32), bool)
     mask[:, 8:20, 10:22] = True
-    settings = SLOW_LEARNERS.get(cls, {})
-    if issubclass(cls, NetworkDetector):
-        settings = {"max_epochs": n_epochs, **settings}
-    y = labels_for(cls, n)
-    if y is not None:
-        X[y == -1, 8:20, 10:22] = 255 - X[y == -1, 8:20, 10:22]
-    maps = small(cls, **settings).fit(X, y).localize(defective)
-    assert pixel_roc_auc_score(mask, maps) > 0.6
+    maps = small(cls, max_epochs=n_epochs).fit(X).localize(defective)
+    assert pixel_roc_auc_score(mask, maps) > 0.65
 
 
 @pytest.mark.parametrize("cls", DETECTORS)

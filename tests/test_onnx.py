@@ -32,7 +32,7 @@ EXPORTABLE = [
     ("MemAE", {"n_items": 8, "channels": (4, 8), **TRAINED}),
     ("MNAD", {"width": 4, **TRAINED}),
     ("DRAEM", {"reconstructive_width": 4, "discriminative_width": 4, **TRAINED}),
-    ("RIAD", {"cell_sizes": (4,), "width": 4, **TRAINED}),
+    ("RIAD", {"cell_sizes": (4,), "n_masks": 2, "width": 4, **TRAINED}),
     ("SCADN", {"width": 4, "n_blocks": 1, "critic_width": 4, **TRAINED}),
     (
         "InTra",
