@@ -679,11 +679,10 @@ def make_ellipses(*, n_train=400, n_test=80, size=64, random_state=0):
     Notes
     -----
     After the synthetic set of [1]_. The background is the mean of two concentric waves.
-    On it lie the contour of a large ellipse and, inside of that, of a small one, whose
-    semi-axes are 40 and 20 pixels in 256, give or take one. In a diseased image the
-    small contour is shrunk: what is shown at a point is taken from the point displaced
-    by the negative gradient of a Gaussian around the contour's centre. Displacements
-    measure at most a twentieth of the image's width.
+    On it lie the contour of a large ellipse and, inside of that, of a small one. In a
+    diseased image the small contour is shrunk: what is shown at a point is taken from
+    the point displaced by the negative gradient of a Gaussian around the contour's
+    centre. Displacements measure at most a twentieth of the image's width.
 
     Training images are not paired: a healthy and a diseased image differ in background
     and ellipses, too. Grey levels of both classes are scaled alike, and not image by
@@ -728,7 +727,7 @@ def _ellipse_images(rng, labels, size):
         offsets = grid - rng.uniform(0.42, 0.58, (2, 1, 1))
         large = _contour(offsets, rng.uniform(0.3, 0.4, 2), rng.uniform(0, np.pi))
         offsets = offsets - rng.uniform(-0.07, 0.07, (2, 1, 1))
-        axes = rng.normal([40, 20], 1.0) / 256
+        axes = rng.uniform(0.85, 1.15) * np.array([40, 20]) / 256
         angle = rng.uniform(0, np.pi)
         small = _contour(offsets, axes, angle)
         shrunk = _contour(_displaced(offsets), axes, angle)

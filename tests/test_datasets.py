@@ -104,7 +104,7 @@ def test_textures_need_no_network(monkeypatch):
 
     monkeypatch.setattr(socket, "socket", refuse)
     for texture in ("brick", "grass", "gravel"):
-        load_textures(texture=texture, n_train=1, n_test=1)
+        assert len(load_textures(texture=texture, n_train=1, n_test=1).X_train) == 1
 
 
 def test_textures_parameters_are_checked():
@@ -436,8 +436,7 @@ def test_ellipses_grey_levels_do_not_tell_the_class():
     for level in (np.min, np.max, np.median):
         first, second = (level(X, axis=(1, 2, 3)) for X in (healthy, diseased))
         spread = np.concatenate([first, second]).std()
-        # a shrunk contour covers fewer pixels, which moves the median a little
-        assert abs(first.mean() - second.mean()) <= 0.6 * spread, level
+        assert abs(first.mean() - second.mean()) <= 0.4 * spread, level
 
 
 # Real images
