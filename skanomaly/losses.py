@@ -8,6 +8,9 @@ from .filters import full_precision, gaussian_blur, prewitt
 # keeps the quotient stable where both gradients vanish, for values in [0, 1]
 GMS_CONSTANT = 0.0026
 
+# values of a batch of which a processor's cache holds a dozen copies
+CACHED_VALUES = 200_000
+
 
 @full_precision
 def ssim_map(
@@ -57,21 +60,29 @@ def ssim_map(
     >>> torch.allclose(ssim_map(image, image), torch.ones(1, 3, 16, 16))
     True
     """
-    moments = torch.stack(
-        [images, references, 2 * images * references, images**2 + references**2]
-    )
-    mean_x, mean_y, product, power = gaussian_blur(
-        moments, sigma, radius=window_size // 2, padding=padding
-    )
     c1, c2 = (
         torch.as_tensor(constant * data_range**2).to(images) for constant in constants
     )
-    # 2 E[x] E[y] + c1 and E[x]^2 + E[y]^2 + c1; few passes over memory set the speed
-    mean_product = torch.addcmul(c1, mean_x, mean_y, value=2)
-    mean_power = torch.addcmul(mean_x**2, mean_y, mean_y) + c1
-    covariance = product - mean_product + (c1 + c2)
-    variances = power - mean_power + (c1 + c2)
-    return mean_product / mean_power * (covariance / variances)
+
+    def similarities(x, y):
+        # planes that are read again and again should lie one after the other
+        x, y = x.contiguous(), y.contiguous()
+        moments = torch.stack([x, y, 2 * x * y, torch.addcmul(x * x, y, y)])
+        mean_x, mean_y, product, power = gaussian_blur(
+            moments, sigma, radius=window_size // 2, padding=padding
+        )
+        # 2 E[x] E[y] + c1 and E[x]^2 + E[y]^2 + c1
+        mean_product = torch.addcmul(c1, mean_x, mean_y, value=2)
+        mean_power = torch.addcmul(mean_x * mean_x, mean_y, mean_y).add_(c1)
+        covariance = (product - mean_product).add_(c1 + c2)
+        variances = (power - mean_power).add_(c1 + c2)
+        return mean_product / mean_power * (covariance / variances)
+
+    n_together = len(images)
+    if images.device.type == "cpu":
+        n_together = max(1, CACHED_VALUES // images[0].numel())
+    batches = zip(images.split(n_together), references.split(n_together), strict=True)
+    return torch.cat([similarities(x, y) for x, y in batches])
 
 
 def ssim_loss(images, references, **settings):
