@@ -17,15 +17,14 @@ from torch import nn
 
 from .base import ImageBatches, NetworkDetector, check_labels
 from .losses import gradient_penalty
-from .networks import pad_to_multiple
+from .networks import instance_norm, pad_to_multiple
 
 MAX_GRADIENT_NORM = 10.0
 
 
 def _unit(wide, narrow):
     convolution = nn.Conv2d(wide, narrow, 3, padding=1)
-    norm = nn.InstanceNorm2d(narrow, affine=True)
-    return [convolution, norm, nn.ReLU(inplace=True)]
+    return [convolution, instance_norm(narrow), nn.ReLU(inplace=True)]
 
 
 def _initialise(network, draw_weights):

@@ -38,6 +38,25 @@ def pad_to_multiple(images, multiple, *, minimum=1):
     return F.pad(images, pads, mode="replicate")
 
 
+def instance_norm(n_channels, *, affine=True):
+    """Return an instance normalisation that keeps the channels last.
+
+    Parameters
+    ----------
+    n_channels : int
+        Number of channels.
+    affine : bool, default=True
+        Whether channels are scaled and shifted by learned parameters.
+
+    Returns
+    -------
+    torch.nn.GroupNorm
+        With one channel a group; torch's own instance normalisation copies images
+        whose channels are last.
+    """
+    return nn.GroupNorm(n_channels, n_channels, affine=affine)
+
+
 class ConvUnit(nn.Sequential):
     """3 x 3 convolution, batch normalisation and ReLU.
 

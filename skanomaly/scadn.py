@@ -15,7 +15,13 @@ from torch import nn
 from .base import NetworkDetector
 from .filters import mean_filter, scaled_size
 from .masking import stripe_masks
-from .networks import PatchCritic, adversarial_loss, critic_loss, pad_to_multiple
+from .networks import (
+    PatchCritic,
+    adversarial_loss,
+    critic_loss,
+    instance_norm,
+    pad_to_multiple,
+)
 from .persistence import shared_tensor
 
 HIDDEN_WEIGHT = 4.0
@@ -26,7 +32,7 @@ def _normalised(convolution):
     """Return a convolution with its initial weights, a normalisation and ReLU."""
     nn.init.normal_(convolution.weight, 0.0, 0.02)
     nn.init.zeros_(convolution.bias)
-    norm = nn.InstanceNorm2d(convolution.out_channels)
+    norm = instance_norm(convolution.out_channels, affine=False)
     return [convolution, norm, nn.ReLU(inplace=True)]
 
 
