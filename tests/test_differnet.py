@@ -69,6 +69,21 @@ def test_the_inverse_undoes_the_flow(flow):
     torch.testing.assert_close(flow.inverse(latent), vectors, rtol=0, atol=1e-12)
 
 
+def test_the_inverse_is_accurate_in_single_precision(flow):
+    vectors = torch.randn(50, 8)
+    found = flow.float().inverse(flow(vectors)[0])
+    torch.testing.assert_close(found, vectors, rtol=1e-5, atol=1e-5)
+
+
+def test_determinants_add_up_over_the_blocks(flow):
+    vectors = torch.randn(5, 8, dtype=torch.float64)
+    latent, total = (vectors - flow.mean) / flow.std, 0.0
+    for order, block in zip(flow.orders, flow.blocks, strict=True):
+        latent, own = block(latent[:, order])
+        total = total + own
+    torch.testing.assert_close(flow(vectors), (latent, total), rtol=0, atol=0)
+
+
 def test_determinants_are_those_of_the_jacobian(flow):
     flow.std.fill_(1.0)
     vectors = torch.randn(3, 8, dtype=torch.float64)

@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from skanomaly import MemAE
 from skanomaly.memae import Memory
+from skanomaly.training import Batch
 
 
 def stripes(n, size=32, seed=0, noise=0.02):
@@ -125,8 +126,6 @@ def test_loss_is_error_and_entropy_of_what_is_read(shrink):
     model = detector(entropy_weight=0.3, shrink=shrink)
     model.image_shape_ = (32, 32, 1)
     network = model._build_network()
-    from skanomaly.training import Batch
-
     images = torch.rand(4, 1, 32, 32)
     network.eval()
     ((part, loss),) = model._losses(network, Batch(images, None, 0))
@@ -137,6 +136,20 @@ def test_loss_is_error_and_entropy_of_what_is_read(shrink):
     assert part is network
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert 0 < entropy <= math.log(6) + 1e-6
+
+
+@pytest.mark.parametrize(("shrink", "expected"), [(0.9, 0.0), (0.0, math.log(6))])
+def test_entropy_of_one_item_is_0_and_of_all_alike_the_logarithm(shrink, expected):
+    plain, weighted = detector(entropy_weight=0.0), detector(entropy_weight=1.0)
+    plain.image_shape_ = (32, 32, 1)
+    plain.shrink = shrink  # a large one leaves each query its nearest item alone
+    network = plain._build_network().eval()
+    if not shrink:
+        with torch.no_grad():
+            network.memory.items.copy_(network.memory.items[:1].repeat(6, 1))
+    batch = Batch(torch.rand(1, 1, 32, 32), None, 0)
+    losses = [next(m._losses(network, batch))[1].item() for m in (plain, weighted)]
+    assert losses[1] - losses[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_items_are_learned_and_then_left_alone():

@@ -137,6 +137,25 @@ def test_losses(network):
     )
 
 
+def test_the_losses_of_the_items_at_their_limits(network):
+    images = torch.rand(2, 1, 24, 24)
+    plain, compact, separate = (
+        detector(compactness_weight=a, separateness_weight=b)
+        for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))
+    )
+    network.eval()
+    queries = network.encode(2 * images - 1)[0].detach()
+    # an item for every query: each is its own nearest
+    network.memory = queries.movedim(1, -1).flatten(0, -2)
+    pixel = losses_of(plain, network, images)
+    assert losses_of(compact, network, images) - pixel < 1e-6
+    # equal items lie at the same distance, so that the whole margin is missing
+    network.memory = unit(1, queries.shape[1]).repeat(4, 1)
+    pixel = losses_of(plain, network, images)
+    separateness = losses_of(separate, network, images) - pixel
+    assert separateness.item() == pytest.approx(1, abs=1e-5)
+
+
 def test_the_memory_is_written_by_batches_of_the_training_only(network):
     model, images = detector(), torch.rand(2, 1, 24, 24)
     before = network.memory.clone()
