@@ -443,8 +443,10 @@ class PNet(NetworkDetector):
             )
         else:
             images, masks = (
-                ResizeImages(size=size).fit_transform(array)
-                for array in (_as_images(images), _as_masks(masks))
+                ResizeImages(size=size).fit_transform(_as_images(name, array))
+                for name, array in zip(
+                    ("structure_images", "structure_masks"), self._given, strict=True
+                )
             )
         if len(images) != len(masks):
             raise ValueError(
@@ -568,23 +570,18 @@ def _source_files(folder):
     return files
 
 
-def _as_images(array):
-    array = np.asarray(array)
-    return array[..., None] if array.ndim == 3 else array
-
-
-def _as_masks(array):
-    """Return masks as images, bool ones and uint8 ones of 0 and 1 as numbers."""
+def _as_images(name, array):
+    """Return images or masks of a source (m, h, w, c), uint8 or numbers in [0, 1]."""
     array = np.asarray(array)
     largest = array.max(initial=0)
-    if largest <= 1:
-        array = array.astype(np.float32)
-    elif array.dtype != np.uint8:
+    if largest > 1 and array.dtype != np.uint8:
         raise ValueError(
-            f"structure_masks holds values up to {largest:g}. Masks are bool, uint8 in "
-            "[0, 255] or numbers in [0, 1]."
+            f"{name} holds values up to {largest:g}. Images and masks are uint8 in "
+            "[0, 255] or numbers in [0, 1]; masks may be bool."
         )
-    return _as_images(array)
+    if name == "structure_masks" and largest <= 1:
+        array = array.astype(np.float32)  # uint8 ones of 0 and 1 are numbers, too
+    return array[..., None] if array.ndim == 3 else array
 
 
 def _to_fractions(array):
