@@ -239,7 +239,12 @@ class DeScarGAN(NetworkDetector):
       does not depend on the size of the images. It stands outside the weight of the
       critics' loss, as in the code.
     - Patches are as many as in the figure; the code pads them.
-    - Both classes count alike, however many images they have.
+    - In each batch, which is drawn from all images, both classes count alike in the
+      losses on real images, in cycle and in identity, however many images they have.
+      Versions count as often as they are made, as in the code.
+    - The generator's first step comes with the critic's first.
+    - Maps are differences of grey levels as they are; the code scales both images to
+      the same range first.
     - Images are flipped from left to right only; the code flips them upside down, too,
       although bodies have an up.
     - Thresholds come from the healthy training images.

@@ -218,7 +218,9 @@ class MemAE(NetworkDetector):
     - ``shrink="auto"`` is the lower end of the paper's range from 1 to 3 divided by the
       number of items; the code has 5.
     - The network for images is one that has been published for CIFAR-10, with the leaky
-      rectifiers of the video network, and has one query a position.
+      rectifiers of the video network, and has one query a position. The paper's network
+      for MNIST, which begins with single pixels and does not halve their number, cannot
+      be built by ``channels``.
     - Images are padded by replication to a multiple of the network's stride (16 pixels
       and, for clips, 8 images).
 
@@ -322,6 +324,11 @@ class MemAE(NetworkDetector):
         return MemoryAutoencoder(self.image_shape_[2], widths, memory, is_3d)
 
     def _fit(self, images, labels):
+        channels = self.channels
+        if channels is not None and not (
+            channels and all(isinstance(n, Integral) and n > 0 for n in channels)
+        ):
+            raise ValueError(f"channels={channels!r} must hold integers > 0.")
         super()._fit(images, labels)
         total, n_queries = 0.0, 0
         for _, weights in self._in_batches(

@@ -243,7 +243,8 @@ class MNAD(NetworkDetector):
       nearest to an item, as in the paper; the code takes the largest of all.
     - A distance is the Euclidean one in the score, as in the paper, and the mean of
       squares in the loss, as in the code.
-    - The memory of scoring begins anew with every call.
+    - The memory of scoring begins anew with every call. The error that decides on an
+      update is that of the mean over the colours.
     - The learning rate is that of the paper for prediction; for reconstruction it has
       2e-5.
     - Images are padded by replication to a multiple of 8 pixels.

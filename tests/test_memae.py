@@ -152,6 +152,12 @@ def test_entropy_of_one_item_is_0_and_of_all_alike_the_logarithm(shrink, expecte
     assert losses[1] - losses[0] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("channels", [(), (4, 0), (4, 8.0)])
+def test_impossible_channels_are_refused(channels):
+    with pytest.raises(ValueError, match="channels="):
+        detector(channels=channels).fit(stripes(4))
+
+
 def test_items_are_learned_and_then_left_alone():
     X = stripes(8)
     first, second = detector(max_epochs=1).fit(X), detector(max_epochs=2).fit(X)
