@@ -1,8 +1,10 @@
 """Images from files, and what is done to them in front of a detector."""
 
+import collections
 import contextlib
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from joblib import Parallel, delayed, effective_n_jobs
+from joblib import effective_n_jobs
 from PIL import Image, ImageOps
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 from sklearn.utils import gen_batches
@@ -81,10 +83,13 @@ def read_image(path, size=None, mode="RGB"):
     """
     try:
         with Image.open(path) as file:
-            image = _to_eight_bits(ImageOps.exif_transpose(file))
+            ImageOps.exif_transpose(file, in_place=True)
+            image = _to_eight_bits(file)
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
-            image = image.convert(mode)
+            if image.mode != mode:  # Pillow would copy
+                image = image.convert(mode)
+            image.load()
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise all kinds on damaged files
@@ -298,11 +303,18 @@ def _check_paths(X):
 
 def _decoded(paths, size, mode, n_jobs):
     """Yield the images in order; only a few are held at a time."""
-    with Parallel(n_jobs=n_jobs, require="sharedmem") as parallel:
-        for rows in gen_batches(len(paths), 4 * effective_n_jobs(n_jobs)):
-            yield from parallel(
-                delayed(read_image)(path, size, mode) for path in paths[rows]
-            )
+    n_threads = effective_n_jobs(n_jobs)
+    pool = ThreadPoolExecutor(n_threads)
+    waiting = collections.deque()
+    try:
+        for path in paths:
+            waiting.append(pool.submit(read_image, path, size, mode))
+            if len(waiting) > 4 * n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _of_one_shape(images, paths, shape, first_path):
