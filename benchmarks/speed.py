@@ -380,9 +380,8 @@ def measure_methods(task, options):
     X = smooth_images(32, size)
     y = np.array([1, -1] * 16) if name == "DeScarGAN" else None
     row = {"method": name, "size": size, "precision": options.precision}
-    n_train = max(8, detector.batch_size) if name != "SPADE" else 8
     if name == "SPADE":
-        detector.fit(X[:n_train])
+        detector.fit(X)
         row |= {
             "step s": "",
             "step floor s": "",
@@ -390,6 +389,7 @@ def measure_methods(task, options):
             "step quartiles": "",
         }
     else:
+        n_train = max(8, detector.batch_size)
         training = Training(detector, X[:n_train], None if y is None else y[:n_train])
         training.record()
         row |= figures("step", in_turn([training.step, training.bare], options.seconds))
