@@ -12,6 +12,7 @@ from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
+from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
@@ -154,11 +155,23 @@ class _ReconstructionDetector(NetworkDetector):
         )
         total = images.new_zeros(len(images), *images.shape[-2:])
         counts = images.new_zeros(images.shape[-2:])
-        for top, left in itertools.product(rows, columns):
-            place = (..., slice(top, top + height), slice(left, left + width))
-            total[place] += self._residuals(images[place])
-            counts[place] += 1
+        places = [
+            (..., slice(top, top + height), slice(left, left + width))
+            for top, left in itertools.product(rows, columns)
+        ]
+        draws = self._draw()
+        n_together = max(1, self.batch_size // len(images))
+        for chunk in gen_batches(len(places), n_together):
+            crops = torch.cat([images[place] for place in places[chunk]])
+            residuals = self._residuals(crops, draws).split(len(images))
+            for place, own in zip(places[chunk], residuals, strict=True):
+                total[place] += own
+                counts[place] += 1
         return total / counts
+
+    def _draw(self):
+        """Return the random numbers that the residuals of all crops share."""
+        return None
 
     def _anomaly_scores(self, images, maps):
         size = scaled_size(self.smoothing_size, maps)
@@ -367,7 +380,7 @@ class Autoencoder(_ReconstructionDetector):
         )
         return 1 - similarity.mean(dim=1)
 
-    def _residuals(self, images):
+    def _residuals(self, images, draws):
         rebuilt = self.network_(images)
         if self.loss == "ssim":
             return self._structural_residuals(images, rebuilt)
@@ -554,10 +567,13 @@ class VariationalAutoencoder(_ReconstructionDetector):
         # an early spike of the loss must not overflow the exponential
         return means, log_variances.clamp(-20, 10)
 
-    def _residuals(self, images):
+    def _draw(self):
+        return torch.randn(self.n_samples, 1, self.code_size)
+
+    def _residuals(self, images, draws):
         means, log_variances = self._distributions(self.network_, images)
-        draws = torch.randn(self.n_samples, 1, means.shape[1]).to(means.device)
-        codes = means + draws * (log_variances / 2).exp()  # (n_samples, b, d)
+        spread = (log_variances / 2).exp()
+        codes = means + draws.to(means.device) * spread  # (n_samples, b, d)
         rebuilt = self.network_.decode(codes.flatten(0, 1), images.shape[-2:])
         errors = (rebuilt.unflatten(0, (self.n_samples, -1)) - images).square()
         return errors.mean(dim=(0, 2))

@@ -80,7 +80,7 @@ def ssim_map(
 
     n_together = len(images)
     if images.device.type == "cpu":
-        n_together = max(1, CACHED_VALUES // images[0].numel())
+        n_together = max(1, CACHED_VALUES // max(1, images[:1].numel()))
     batches = zip(images.split(n_together), references.split(n_together), strict=True)
     return torch.cat([similarities(x, y) for x, y in batches])
 

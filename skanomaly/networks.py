@@ -39,7 +39,7 @@ def pad_to_multiple(images, multiple, *, minimum=1):
 
 
 def instance_norm(n_channels, *, affine=True):
-    """Return an instance normalisation that keeps the channels last.
+    """Return an instance normalisation that is fast where channels are last.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def instance_norm(n_channels, *, affine=True):
     Returns
     -------
     torch.nn.GroupNorm
-        With one channel a group; torch's own instance normalisation copies images
-        whose channels are last.
+        With one channel a group. On a processor, torch's own instance normalisation
+        copies images whose channels are last.
     """
     return nn.GroupNorm(n_channels, n_channels, affine=affine)
 

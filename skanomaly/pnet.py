@@ -356,7 +356,8 @@ class PNet(NetworkDetector):
             Labels, +1 for normal and -1 for anomalous images, or masks, True where
             anomalous. Anomalous images are left out of the training.
         structure_images : array-like of shape (m, h, w, c) or (m, h, w), default=None
-            Images of the source. They are resized to those of X.
+            Images of the source, uint8 in [0, 255] or numbers in [0, 1]. They are
+            resized to those of X.
         structure_masks : array-like of shape (m, h, w), default=None
             Structures of the source, bool, uint8 in [0, 255] or numbers in [0, 1].
 
@@ -573,11 +574,11 @@ def _source_files(folder):
 def _as_images(name, array):
     """Return images or masks of a source (m, h, w, c), uint8 or numbers in [0, 1]."""
     array = np.asarray(array)
-    largest = array.max(initial=0)
-    if largest > 1 and array.dtype != np.uint8:
+    smallest, largest = array.min(initial=0), array.max(initial=0)
+    if smallest < 0 or (largest > 1 and array.dtype != np.uint8):
         raise ValueError(
-            f"{name} holds values up to {largest:g}. Images and masks are uint8 in "
-            "[0, 255] or numbers in [0, 1]; masks may be bool."
+            f"{name} holds values from {smallest:g} to {largest:g}. Images and masks "
+            "are uint8 in [0, 255] or numbers in [0, 1]; masks may be bool."
         )
     if name == "structure_masks" and largest <= 1:
         array = array.astype(np.float32)  # uint8 ones of 0 and 1 are numbers, too

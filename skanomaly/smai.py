@@ -73,7 +73,8 @@ class SMAI(NetworkDetector):
     learning_rate : float, default=1e-4
         Learning rate of Adam, reduced to a tenth for the last fifth of the epochs.
     batch_size : int, default=8
-        Number of images a batch in training, and of masked images in prediction.
+        Number of images a batch, in training and in prediction, where 32 masked images
+        pass the network at once.
     validation_fraction : float, default=0.1
         Share of the training images that is held out if there is an early stop.
     n_iter_no_change : int or None, default=20
@@ -219,7 +220,12 @@ class SMAI(NetworkDetector):
 
     def _fit(self, images, labels):
         fraction = tuple(self.hidden_fraction)
-        if len(fraction) != 2 or not 0 <= fraction[0] <= fraction[1] <= 1:
+        numbers = all(isinstance(share, Real) for share in fraction)
+        if (
+            not numbers
+            or len(fraction) != 2
+            or not 0 <= fraction[0] <= fraction[1] <= 1
+        ):
             raise ValueError(
                 f"hidden_fraction={self.hidden_fraction!r} must be a range (low, high) "
                 "within [0, 1]."

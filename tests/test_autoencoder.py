@@ -184,13 +184,36 @@ def test_overlapping_patches_cover_the_image_and_are_averaged(cls, height, width
     sums, counts = np.zeros((2, height, width)), np.zeros((height, width))
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(model._seed)
+        draws = model._draw()
         for top in starts(height, high):
             for left in starts(width, wide):
                 place = (..., slice(top, top + high), slice(left, left + wide))
-                sums[place] += model._residuals(images[place]).numpy()
+                sums[place] += model._residuals(images[place], draws).numpy()
                 counts[place] += 1
     assert counts.min() >= 1
     np.testing.assert_allclose(model.localize(X), sums / counts, rtol=1e-3, atol=1e-6)
+
+
+class Same(torch.nn.Module):
+    def forward(self, images):
+        return images
+
+
+@pytest.mark.parametrize("loss", ["ssim", "l2"])
+def test_a_perfect_reconstruction_leaves_nothing(loss):
+    X = random_images(4, 40, 33)
+    model = detector(loss=loss, patch_size=16).fit(X)
+    model.network_ = Same()
+    np.testing.assert_allclose(model.localize(X), 0, atol=1e-5)
+    np.testing.assert_allclose(model.score_samples(X), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(40, 33), (16, 20), (12, 40)])
+def test_crops_put_back_are_the_image(size, monkeypatch):
+    X = random_images(4, *size)
+    model = detector(patch_size=16).fit(X)
+    monkeypatch.setattr(Autoencoder, "_residuals", lambda self, images, _: images[:, 0])
+    np.testing.assert_allclose(model.localize(X), X[..., 0], rtol=1e-5)
 
 
 def test_training_crops_are_drawn_anew():

@@ -153,6 +153,19 @@ def test_scores_are_mean_squares_over_fixed_rotations(fitted):
     )
 
 
+def test_with_one_view_and_no_flow_the_score_is_the_mean_square_of_the_features():
+    X = images(3, seed=1)
+    model = detector(n_transforms_test=1).fit(images(12))
+    model.network_.flow.blocks = torch.nn.ModuleList()
+    model.network_.flow.orders = model.network_.flow.orders[:0]
+    batch = torch.from_numpy(X).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        features = describe(model.network_.backbone, batch, 2)
+    np.testing.assert_allclose(
+        -model.score_samples(X), features.square().mean(dim=1), rtol=1e-4
+    )
+
+
 def test_right_angles_do_not_change_the_score(fitted):
     X = images(3, seed=1)
     turned = np.rot90(X, axes=(1, 2)).copy()

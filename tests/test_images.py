@@ -61,12 +61,18 @@ def test_read_16_bit_grey(tmp_path):
         assert_array_equal(pixels, np.round(levels / 257))
 
 
-def test_read_applies_orientation(tmp_path):
-    pixels = random_image(6, 4, 3)
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_read_applies_orientation(tmp_path, name, mode):
+    image = Image.fromarray(random_image(6, 4, 3))
+    image.save(tmp_path / f"plain_{name}")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(pixels, -1))
+    image.save(tmp_path / name, exif=exif)
+    expected = np.rot90(read_image(tmp_path / f"plain_{name}", mode=mode), -1)
+    assert_array_equal(read_image(tmp_path / name, mode=mode), expected)
+    if name != "a.jpg" and mode == "RGB":
+        assert_array_equal(expected, np.rot90(np.asarray(image), -1))
 
 
 def test_read_palette_and_alpha(tmp_path):

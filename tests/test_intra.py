@@ -86,6 +86,22 @@ def test_each_patch_is_painted_once_and_put_into_its_place(size):
     assert model.network_.n_windows == 2 * -(-size[0] // 4) * -(-size[1] // 4)
 
 
+def test_a_perfect_painter_leaves_nothing():
+    model = detector(reference="none").fit(random_images(4))
+    model.network_ = Oracle(None)
+    np.testing.assert_allclose(model.localize(random_images(4)), 0, atol=1e-5)
+
+
+def test_windows_at_once_do_not_change_maps_and_patches_are_embedded_once(monkeypatch):
+    X = random_images(3, seed=1)
+    model = detector(reference="none").fit(random_images(4))
+    expected, calls = model.localize(X), []
+    monkeypatch.setattr("skanomaly.intra.WINDOWS_AT_ONCE", 7)
+    model.network_.embed.register_forward_hook(lambda *_: calls.append(1))
+    np.testing.assert_allclose(model.localize(X), expected, rtol=1e-4, atol=1e-6)
+    assert len(calls) == 1
+
+
 def test_a_patch_is_painted_without_being_seen():
     model = build()
     images = torch.rand(1, 3, 24, 24)

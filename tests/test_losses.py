@@ -271,3 +271,17 @@ def test_gaussian_divergence():
     torch.testing.assert_close(gaussian_divergence(means, log_variances), expected)
     assert (expected > 0).all()
     assert not gaussian_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).any()
+
+
+def test_similarities_of_a_few_images_at_a_time_are_those_of_all(monkeypatch):
+    values, gradients = [], []
+    for n_values in (10**9, 2 * 3 * 20 * 16):  # all five images, or 2 + 2 + 1
+        monkeypatch.setattr("skanomaly.losses.CACHED_VALUES", n_values)
+        x, y = random_pair(5, 3, 20, 16)
+        y.requires_grad_()
+        found = ssim_map(x, y)
+        found.square().sum().backward()
+        values.append(found.detach())
+        gradients.append(y.grad)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)

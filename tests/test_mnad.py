@@ -115,6 +115,14 @@ def losses_of(model, network, images):
     return loss
 
 
+def test_the_decoder_sees_unit_queries_and_what_they_read(network):
+    seen = []
+    network.decoder[0].register_forward_pre_hook(lambda _, given: seen.extend(given))
+    network(torch.rand(2, 1, 24, 24), network.memory)
+    assert seen[0].shape == (2, 64, 3, 3)  # twice 8 * width
+    torch.testing.assert_close(seen[0][:, :32].norm(dim=1), torch.ones(2, 3, 3))
+
+
 def test_losses(network):
     images = torch.rand(2, 1, 24, 24)
     plain = detector(compactness_weight=0.0, separateness_weight=0.0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from skanomaly.networks import ConvUnit, conv_block, pad_to_multiple
+from skanomaly.networks import ConvUnit, conv_block, instance_norm, pad_to_multiple
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,12 @@ def test_a_block_has_two_units_and_the_initial_weights_of_the_paper():
         assert normalisation.weight.mean().item() == pytest.approx(1.0, abs=0.01)
         assert normalisation.weight.std().item() == pytest.approx(0.02, rel=0.3)
         assert not normalisation.bias.any()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_instance_norm_is_that_of_torch(affine, layout):
+    features = torch.randn(3, 5, 8, 6).contiguous(memory_format=layout)
+    expected = torch.nn.InstanceNorm2d(5)(features)
+    found = instance_norm(5, affine=affine)(features)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -271,7 +271,15 @@ def test_equal_images_and_structures_have_empty_maps():
                 "structure_images": np.zeros((2, 8, 8)),
                 "structure_masks": np.full((2, 8, 8), 255),
             },
-            "structure_masks holds values up to 255",
+            "structure_masks holds values from 0 to 255",
+        ),
+        (
+            {},
+            {
+                "structure_images": np.zeros((2, 8, 8)),
+                "structure_masks": np.full((2, 8, 8), -1),
+            },
+            "structure_masks holds values from -1 to 0",
         ),
         (
             {},
@@ -279,7 +287,7 @@ def test_equal_images_and_structures_have_empty_maps():
                 "structure_images": np.full((2, 8, 8), 200.0),
                 "structure_masks": np.zeros((2, 8, 8)),
             },
-            "structure_images holds values up to 200",
+            "structure_images holds values from 0 to 200",
         ),
     ],
 )

@@ -94,6 +94,13 @@ def test_loss():
     torch.testing.assert_close(loss, expected)
 
 
+def test_optimiser_and_schedule():
+    model = build(max_epochs=300)
+    optimizer = model._optimizer(model.network_)
+    assert optimizer.param_groups[0]["weight_decay"] == 1e-5
+    assert dict(model._scheduler(optimizer).milestones) == {250: 1}
+
+
 def test_one_cell_size_a_batch():
     model = build(cell_sizes=(1, 2, 4, 8))
     seen = []

@@ -129,6 +129,12 @@ def test_without_its_weight_the_critic_does_not_touch_the_generator():
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_momentum():
+    model = build()
+    for part in model.network_.values():
+        assert model._optimizer(part).param_groups[0]["betas"] == (0.0, 0.9)
+
+
 def test_the_critic_learns_ten_times_as_slowly():
     model = build(learning_rate=1e-3)
     rates = {

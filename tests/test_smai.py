@@ -134,6 +134,7 @@ def test_maps_are_made_of_one_pass_a_superpixel():
     images = torch.from_numpy(X).permute(0, 3, 1, 2)
     labels = model._segment(images)
     assert len(masks) == sum(own.max() + 1 for own in labels)
+    assert len(stub.seen) == -(-len(masks) // 32)
     start = 0
     for own in labels:
         n = own.max() + 1
@@ -162,6 +163,23 @@ def test_scores_are_the_largest_mean_error_of_a_superpixel(fitted):
     np.testing.assert_allclose(-scores, expected, rtol=1e-4)
     assert (expected >= raw.mean(axis=(1, 2))).all()
     fitted.set_params(smoothing_size=21)
+
+
+def test_superpixels_at_once_do_not_change_maps(fitted, monkeypatch):
+    X = random_images(3, seed=1)
+    expected = fitted.localize(X)
+    monkeypatch.setattr("skanomaly.smai.SUPERPIXELS_AT_ONCE", 1)
+    np.testing.assert_allclose(fitted.localize(X), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_optimiser_and_schedule():
+    model = detector(max_epochs=300, learning_rate=1e-3)
+    model.image_shape_ = (24, 20, 3)
+    model.network_ = model._build_network()
+    optimizer = model._optimizer(model.network_)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0)
+    assert dict(model._scheduler(optimizer).milestones) == {240: 1}
 
 
 class Perfect(torch.nn.Module):
@@ -202,6 +220,7 @@ def test_images_of_one_colour_do_not_crash():
         ({"n_segments": 1}, "n_segments"),
         ({"hidden_fraction": (0.5, 0.1)}, "hidden_fraction="),
         ({"hidden_fraction": (0.5,)}, "hidden_fraction="),
+        ({"hidden_fraction": ("a", "b")}, "hidden_fraction="),
         ({"loss": "l1"}, "loss"),
     ],
 )
