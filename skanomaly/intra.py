@@ -230,7 +230,7 @@ class InTra(NetworkDetector):
       ``n_iter_no_change=950`` 50 of them.
     - The window of the structural similarity is odd, no larger than a patch, and 11
       pixels at most.
-    - There is no augmentation and no dropout.
+    - There is no augmentation and no dropout. Plain attention is not offered.
     - Images are padded by replication to a multiple of ``patch_size``.
 
     On a processor, images of 64 pixels, ``patch_size=8``, ``window_size=5``,

@@ -175,6 +175,8 @@ class SCADN(NetworkDetector):
     - The last epoch counts. The code keeps the weights of the lowest error on the
       training images, looked at every tenth epoch.
     - The critic judges the repainted image again after its own step.
+    - The error of the hidden half of the pixels is divided by one half, also where
+      stripes do not divide a side; an incomplete last batch is used.
     - Stripes are counted, not measured in pixels. The defaults are the widths of 128,
       64 and 32 pixels that the code has for images of 512.
     - Images are padded by replication to a multiple of 8 and at least 32 pixels.

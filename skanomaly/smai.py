@@ -133,7 +133,8 @@ class SMAI(NetworkDetector):
     our design: SLIC superpixels, a U-Net that is told the mask, group normalisation
     (training hides many superpixels and prediction one, so that statistics of batches
     would not match), all numbers, and the scores. The score of an image is the largest
-    mean squared error of a superpixel, before the maps are smoothed.
+    mean squared error of a superpixel, before the maps are smoothed. Masks are not
+    dilated, and images are not smoothed before SLIC.
 
     Images are padded by replication to a multiple of 16 pixels.
 
