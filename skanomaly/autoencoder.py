@@ -59,6 +59,7 @@ class Codec(nn.Module):
 
     def __init__(self, shape, width, code_size, n_codes=1):
         super().__init__()
+        self.code_size = code_size
         *size, channels = shape
         n_halvings = max(0, round(math.log2(min(size) / CODE_GRID)))
         self.stride = 2**n_halvings
@@ -569,7 +570,7 @@ class VariationalAutoencoder(_ReconstructionDetector):
         return means, log_variances.clamp(-20, 10)
 
     def _draw(self):
-        return torch.randn(self.n_samples, 1, self.code_size)
+        return torch.randn(self.n_samples, 1, self.network_.code_size)
 
     def _residuals(self, images, draws):
         means, log_variances = self._distributions(self.network_, images)
