@@ -43,23 +43,20 @@ def full_precision(function):
     return wrapper
 
 
-def _gaussian_matrix(size, sigma, radius, padding, like):
-    """Return the ``(size, size)`` matrix that blurs a vector of length ``size``."""
-    offsets = torch.arange(-radius, radius + 1, device=like.device)
-    weights = torch.exp(-0.5 * (offsets.to(like.dtype) / sigma) ** 2)
-    weights /= weights.sum()
-
-    rows = torch.arange(size, device=like.device)[:, None]
-    columns = rows + offsets  # (size, 2 * radius + 1)
-    weights = weights.expand(columns.shape)
+def _banded_matrix(size, kernel, padding):
+    """Return the ``(size, size)`` matrix that filters a vector of length ``size``."""
+    radius = len(kernel) // 2
+    rows = torch.arange(size, device=kernel.device)[:, None]
+    columns = rows + torch.arange(-radius, radius + 1, device=kernel.device)
+    weights = kernel.expand(columns.shape)  # (size, 2 * radius + 1)
     if padding == "reflect":
         columns = columns.remainder(2 * size)
         columns = torch.minimum(columns, 2 * size - 1 - columns)
     else:
         weights = weights * ((columns >= 0) & (columns < size))
         columns = columns.clamp(0, size - 1)
-    matrix = like.new_zeros(size, size)
-    return matrix.scatter_add_(1, columns, weights)
+    matrix = kernel.new_zeros(size, size).scatter_add_(1, columns, weights)
+    return matrix / matrix.sum(dim=1, keepdim=True) if padding == "none" else matrix
 
 
 @full_precision
@@ -103,9 +100,16 @@ def gaussian_blur(images, sigma, *, radius=None, padding="reflect"):
         return images
     if radius is None:
         radius = math.ceil(4 * sigma)
+    offsets = torch.arange(-radius, radius + 1, device=images.device).to(images.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    return _filter_both_axes(images, kernel / kernel.sum(), padding)
+
+
+def _filter_both_axes(images, kernel, padding):
+    radius = len(kernel) // 2
     height, width = images.shape[-2:]
-    vertical = _gaussian_matrix(height, sigma, radius, padding, images)
-    horizontal = _gaussian_matrix(width, sigma, radius, padding, images)
+    vertical = _banded_matrix(height, kernel, padding)
+    horizontal = _banded_matrix(width, kernel, padding)
     if max(height, width) <= 2 * BLOCK:
         # the copy that joins the blocks costs more than they save where they are few
         return vertical @ images @ horizontal.T
@@ -148,9 +152,7 @@ def mean_filter(images, size, *, padding="zeros"):
     >>> mean_filter(torch.ones(1, 3, 3), 3)[0, 1]
     tensor([0.6667, 1.0000, 0.6667])
     """
-    half, zeros = size // 2, padding == "zeros"
-    rows = F.avg_pool2d(images[:, None], (size, 1), 1, (half, 0), False, zeros)
-    return F.avg_pool2d(rows, (1, size), 1, (0, half), False, zeros)[:, 0]
+    return _filter_both_axes(images, images.new_full((size,), 1 / size), padding)
 
 
 def scaled_size(size, images):
