@@ -577,8 +577,8 @@ class VariationalAutoencoder(_ReconstructionDetector):
         spread = (log_variances / 2).exp()
         codes = means + draws.to(means.device) * spread  # (n_samples, b, d)
         rebuilt = self.network_.decode(codes.flatten(0, 1), images.shape[-2:])
-        errors = (rebuilt.unflatten(0, (self.n_samples, -1)) - images).square()
-        return errors.mean(dim=(0, 2))
+        rebuilt = rebuilt.float().unflatten(0, (self.n_samples, -1))
+        return rebuilt.sub_(images).square_().mean(dim=0).mean(dim=1)
 
 
 def _squared_error(rebuilt, images):
