@@ -9,12 +9,12 @@ not, in stratified cross-validation::
 """
 
 import argparse
-import ast
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from arguments import add_training_arguments
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
@@ -44,17 +44,8 @@ def parse_arguments():
     parser.add_argument("--category", help="name of the set")
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument("--folds", type=int, default=3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument(
-        "--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method"
-    )
-    options = parser.parse_args()
-    options.params = {
-        name: ast.literal_eval(value)
-        for name, _, value in (text.partition("=") for text in options.params)
-    }
-    return options
+    add_training_arguments(parser)
+    return parser.parse_args()
 
 
 def measure_ellipses(options, seed):

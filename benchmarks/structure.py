@@ -9,11 +9,11 @@ see their masks. Within the field of view, their structures are compared with th
 """
 
 import argparse
-import ast
 import time
 from pathlib import Path
 
 import torch
+from arguments import add_training_arguments
 from sklearn.metrics import roc_auc_score
 
 from skanomaly import LoadImages, PNet
@@ -54,20 +54,11 @@ def parse_arguments():
     parser.add_argument("--data", type=Path, required=True, help="folder as in DRIVE")
     parser.add_argument("--size", type=int, default=128, help="side in pixels")
     parser.add_argument("--n-source", type=int, default=14, help="images with labels")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument(
         "--figure", type=Path, help="file for a picture of the last seed"
     )
-    parser.add_argument(
-        "--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method"
-    )
-    options = parser.parse_args()
-    options.params = {
-        name: ast.literal_eval(value)
-        for name, _, value in (text.partition("=") for text in options.params)
-    }
-    return options
+    add_training_arguments(parser)
+    return parser.parse_args()
 
 
 def load(folder, size, mode):

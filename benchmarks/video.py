@@ -10,12 +10,12 @@ test videos once, after the last epoch::
 """
 
 import argparse
-import ast
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from arguments import add_training_arguments
 
 from skanomaly import MNAD, LoadImages, MemAE
 from skanomaly.datasets import make_clips
@@ -68,17 +68,8 @@ def parse_arguments():
     parser.add_argument("--data", type=Path, required=True, help="folder of the videos")
     parser.add_argument("--method", choices=["mnad", "memae"], default="mnad")
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument(
-        "--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the method"
-    )
-    options = parser.parse_args()
-    options.params = {
-        name: ast.literal_eval(value)
-        for name, _, value in (text.partition("=") for text in options.params)
-    }
-    return options
+    add_training_arguments(parser)
+    return parser.parse_args()
 
 
 def load_frames(folder, size):

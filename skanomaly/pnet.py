@@ -445,8 +445,9 @@ class PNet(NetworkDetector):
         else:
             images, masks = (
                 ResizeImages(size=size).fit_transform(_as_images(name, array))
-                for name, array in zip(
-                    ("structure_images", "structure_masks"), self._given, strict=True
+                for name, array in (
+                    ("structure_images", images),
+                    ("structure_masks", masks),
                 )
             )
         if len(images) != len(masks):

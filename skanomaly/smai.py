@@ -221,12 +221,8 @@ class SMAI(NetworkDetector):
 
     def _fit(self, images, labels):
         fraction = tuple(self.hidden_fraction)
-        numbers = all(isinstance(share, Real) for share in fraction)
-        if (
-            not numbers
-            or len(fraction) != 2
-            or not 0 <= fraction[0] <= fraction[1] <= 1
-        ):
+        is_pair = len(fraction) == 2 and all(isinstance(f, Real) for f in fraction)
+        if not is_pair or not 0 <= fraction[0] <= fraction[1] <= 1:
             raise ValueError(
                 f"hidden_fraction={self.hidden_fraction!r} must be a range (low, high) "
                 "within [0, 1]."
