@@ -13,16 +13,16 @@ from time import perf_counter
 
 import torch
 
-from skanomaly.neighbors import GALLERY_CHUNK, QUERY_CHUNK, nearest_distances
+from skanomaly.neighbors import QUERY_CHUNK, TILE, nearest_distances
 
 LAYERS = {"layer1": (4, 256), "layer2": (8, 512), "layer3": (16, 1024)}
 
 
 def multiply(queries, gallery):
-    """Compute the bare products, in the chunks of the search."""
-    products = queries.new_empty(QUERY_CHUNK, GALLERY_CHUNK)
+    """Compute the bare products, in the tiles of the search."""
+    products = queries.new_empty(QUERY_CHUNK, TILE)
     for left in queries.split(QUERY_CHUNK):
-        for right in gallery.split(GALLERY_CHUNK):
+        for right in gallery.split(TILE):
             torch.mm(left, right.T, out=products[: len(left), : len(right)])
 
 

@@ -9,13 +9,15 @@ the ratio of their medians is the figure::
     python benchmarks/speed.py --sizes 64 128 256 --threads 1
 
 Every method and size has a process of its own, whose largest memory above that of the
-imports is reported. ``--table metrics files import scaling`` measures the rest: metrics
-against one sort, LoadImages against bare decoding, the import against those of torch
-and scikit-learn, and how time and memory grow with the number and size of images.
+imports is reported. Further tables compare metrics with one sort, LoadImages with bare
+decoding and the import with those of torch and scikit-learn; ``--table scaling``, which
+is not among the default ones, shows how time and memory grow with the number and the
+size of images.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import resource
@@ -34,7 +36,9 @@ from PIL import Image
 import skanomaly
 import skanomaly.base
 import skanomaly.descargan
+import skanomaly.losses
 from skanomaly.metrics import localization_scores
+from skanomaly.neighbors import QUERY_CHUNK, TILE
 from skanomaly.training import Batch, _descend, _in_precision
 
 BRIEF = {"max_epochs": 1, "n_iter_no_change": None}
@@ -80,6 +84,12 @@ GROWING = {
     "SCADN": {"width": 4, "n_blocks": 1, "critic_width": 4, **BRIEF},
     "DeScarGAN": {"width": 4, "critic_width": 4, **BRIEF},
 }
+# functions outside the networks that belong to the floor: passes with their way back in
+# them, and matrix products
+UNAVOIDABLE = (
+    (skanomaly.descargan, "gradient_penalty"),
+    (skanomaly.losses, "gaussian_filter"),
+)
 TABLES = ("methods", "metrics", "files", "import", "scaling")
 
 
@@ -88,10 +98,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", nargs="+", choices=TABLES, default=["methods"])
+    parser.add_argument("--table", nargs="+", choices=TABLES, default=TABLES[:-1])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[128])
-    parser.add_argument("--precision", default="float32", help="or bfloat16")
+    parser.add_argument("--precisions", nargs="+", default=["float32"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument(
@@ -127,7 +137,9 @@ def main():
 def tasks(table, options):
     """Return what the processes of a table do, one after the other."""
     if table == "methods":
-        return [(name, size) for name in options.methods for size in options.sizes]
+        return list(
+            itertools.product(options.methods, options.sizes, options.precisions)
+        )
     if table == "scaling":
         numbers = [(n, 32) for n in (100, 1000, 5000, 20_000)]
         sizes = [(16, side) for side in (32, 64, 128, 256)]
@@ -157,10 +169,18 @@ def smooth_images(n, size):
     return (255 * images).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def synchronize():
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def seconds_of(function):
+    """Time one call, on a GPU by events in its own queue."""
+    if not torch.cuda.is_available():
+        before = time.perf_counter()
+        function()
+        return time.perf_counter() - before
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    function()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1000
 
 
 def in_turn(functions, seconds):
@@ -171,11 +191,7 @@ def in_turn(functions, seconds):
     started = time.perf_counter()
     while len(times[0]) < 3 or time.perf_counter() - started < seconds:
         for function, own in zip(functions, times, strict=True):
-            synchronize()
-            before = time.perf_counter()
-            function()
-            synchronize()
-            own.append(time.perf_counter() - before)
+            own.append(seconds_of(function))
     return [np.quantile(own, (0.25, 0.5, 0.75)) for own in times]
 
 
@@ -202,13 +218,14 @@ class Recorder:
                 module.register_forward_pre_hook(self._enter, with_kwargs=True)
             )
             handles.append(module.register_forward_hook(self._leave, always_call=True))
-        # of a gradient penalty the backward pass is part of the forward pass
-        penalty = skanomaly.descargan.gradient_penalty
-        skanomaly.descargan.gradient_penalty = self._recorded(penalty)
+        functions = [getattr(module, name) for module, name in UNAVOIDABLE]
+        for (module, name), function in zip(UNAVOIDABLE, functions, strict=True):
+            setattr(module, name, self._recorded(function))
         try:
             yield self.calls
         finally:
-            skanomaly.descargan.gradient_penalty = penalty
+            for (module, name), function in zip(UNAVOIDABLE, functions, strict=True):
+                setattr(module, name, function)
             for handle in handles:
                 handle.remove()
 
@@ -221,12 +238,13 @@ class Recorder:
         self.depth -= 1
 
     def _recorded(self, function):
-        def recorded(*arguments):
-            self._enter(function, arguments, {})
+        def recorded(*arguments, **named):
+            self._enter(function, arguments, named)
             try:
-                return function(*arguments)
+                result = function(*arguments, **named)
             finally:
                 self.depth -= 1
+            return self._recorded(result) if callable(result) else result
 
         return recorded
 
@@ -248,7 +266,7 @@ def tensors_in(value):
         return [value]
     if isinstance(value, dict):
         value = value.values()
-    if isinstance(value, (tuple, list)) or hasattr(value, "__iter__"):
+    if hasattr(value, "__iter__") and not isinstance(value, str):
         return [tensor for item in value for tensor in tensors_in(item)]
     return []
 
@@ -280,6 +298,7 @@ class Training:
         self.rows = np.arange(min(detector.batch_size, len(self.images)))
         # by the optimiser's part, the calls that its loss was computed from
         self.recorded = []
+        self.gradients = {}
 
     def step(self, recorder=None):
         """Take a step as the training loop does."""
@@ -318,17 +337,28 @@ class Training:
             # a generator's pass may come before the critic's step, its way back after
             still_waiting = []
             for module, outputs, inputs in waiting:
-                is_network = isinstance(module, torch.nn.Module)
-                wanted = list(module.parameters()) if is_network else list(own)
-                wanted = [p for p in wanted if p in own] + inputs
+                if isinstance(module, torch.nn.Module):
+                    reached = module.parameters()
+                else:
+                    reached = () if inputs else own
+                wanted = [p for p in reached if p in own] + inputs
                 if wanted:
-                    torch.autograd.backward(
-                        outputs, [torch.ones_like(t) for t in outputs], inputs=wanted
-                    )
+                    gradients = map(self.gradient, outputs)
+                    torch.autograd.backward(outputs, list(gradients), inputs=wanted)
                 else:
                     still_waiting.append((module, outputs, inputs))
             waiting = still_waiting
             optimizer.step()
+
+    def gradient(self, output):
+        """Return a gradient that is ready.
+
+        It is random, since a constant one vanishes in a normalisation but for denormal
+        numbers, on which processors are slow.
+        """
+        if output.shape not in self.gradients:
+            self.gradients[output.shape] = torch.randn_like(output)
+        return self.gradients[output.shape]
 
 
 class Scoring:
@@ -347,7 +377,9 @@ class Scoring:
                 positions, channels = np.prod(gallery.shape[1:3]), gallery.shape[3]
                 n = min(detector.gallery_size, len(gallery)) * positions
                 rows = torch.rand(n, channels, device=self.device)
-                self.products.append((rows[:positions].clone(), rows))
+                queries = rows[:positions].clone()
+                found = queries.new_empty(min(positions, QUERY_CHUNK), TILE)
+                self.products.append((queries, rows, found))
 
     def full(self):
         """Score the batch."""
@@ -360,26 +392,27 @@ class Scoring:
         with mode, skanomaly.base.autocast(self.device, self.detector.precision):
             for module, arguments, named in self.calls:
                 module(*arguments, **named)
-            for queries, rows in self.products:
+            for queries, rows, found in self.products:
                 for _ in range(len(self.X)):
-                    for part in rows.split(2**14):
-                        queries @ part.T
+                    for some in queries.split(QUERY_CHUNK):
+                        for part in rows.split(TILE):
+                            torch.mm(some, part.T, out=found[: len(some), : len(part)])
 
 
 def measure_methods(task, options):
     """Measure a training step and scores of one method at one size."""
-    name, size = task
+    name, size, precision = task
     prepare(options)
     start = peak_mib()
     detector = getattr(skanomaly, name)(
-        precision=options.precision,
+        precision=precision,
         device=options.device,
         random_state=0,
         **METHODS[name],
     )
     X = smooth_images(32, size)
     y = np.array([1, -1] * 16) if name == "DeScarGAN" else None
-    row = {"method": name, "size": size, "precision": options.precision}
+    row = {"method": name, "size": size, "precision": precision}
     if name == "SPADE":
         detector.fit(X)
         row |= {
@@ -399,6 +432,8 @@ def measure_methods(task, options):
             f"score {n}", in_turn([scoring.full, scoring.bare], options.seconds), n
         )
     row["MiB"] = peak_mib() - start
+    if torch.cuda.is_available():
+        row["MiB of the GPU"] = torch.cuda.max_memory_allocated() / 2**20
     return [row]
 
 
@@ -495,10 +530,11 @@ def measure_scaling(task, options):
                 n if axis == "number" else side,
                 fitted - start,
                 time.perf_counter() - fitted,
+                peak_mib() - start_mib,
             )
         )
     rows = rows[1:]
-    positions, fits, scores = np.log(rows).T
+    positions, fits, scores, _ = np.log(rows).T
     return [
         {
             "method": name,
@@ -508,7 +544,7 @@ def measure_scaling(task, options):
             "fit s": f"{rows[0][1]:.3g}-{rows[-1][1]:.3g}",
             "fit exponent": float(np.polyfit(positions[1:], fits[1:], 1)[0]),
             "score exponent": float(np.polyfit(positions[1:], scores[1:], 1)[0]),
-            "MiB": peak_mib() - start_mib,
+            "MiB": f"{rows[0][3]:.0f}-{rows[-1][3]:.0f}",
         }
     ]
 

@@ -605,8 +605,9 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         check_is_fitted(self)
         X = self._check_X(X, reset=False)
         device = resolve_device(self.device, X)
-        if hasattr(self, "network_"):
-            self.network_.to(device)
+        network = getattr(self, "network_", None)
+        if network is not None and next(network.parameters()).device != device:
+            network.to(device)
         return ImageBatches(X, device)
 
     def _training_images(self, X, labels):
@@ -711,7 +712,10 @@ class NetworkDetector(BaseDetector):
     def _optimizer(self, part):
         trainable = [p for p in part.parameters() if p.requires_grad]
         return torch.optim.Adam(
-            trainable, lr=self.learning_rate, weight_decay=self._weight_decay
+            trainable,
+            lr=self.learning_rate,
+            weight_decay=self._weight_decay,
+            fused=True,
         )
 
     def _scheduler(self, optimizer):

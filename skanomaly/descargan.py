@@ -372,7 +372,7 @@ class DeScarGAN(NetworkDetector):
     def _optimizer(self, part):
         parameters = list(part.parameters())
         optimizer = torch.optim.Adam(
-            parameters, lr=self.learning_rate, betas=(0.5, 0.999)
+            parameters, lr=self.learning_rate, betas=(0.5, 0.999), fused=True
         )
 
         def clip_gradients(*_):

@@ -415,6 +415,7 @@ class DifferNet(NetworkDetector):
             betas=(0.8, 0.8),
             eps=1e-4,
             weight_decay=self.weight_decay,
+            fused=True,
         )
 
     def _initial_network(self, images):

@@ -100,23 +100,36 @@ def gaussian_blur(images, sigma, *, radius=None, padding="reflect"):
         return images
     if radius is None:
         radius = math.ceil(4 * sigma)
-    offsets = torch.arange(-radius, radius + 1, device=images.device).to(images.dtype)
+    return gaussian_filter(images, sigma, radius, padding)(images)
+
+
+def gaussian_filter(like, sigma, radius, padding):
+    """Return a function that blurs images of the size, type and device of ``like``."""
+    offsets = torch.arange(-radius, radius + 1, device=like.device).to(like.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    return _filter_both_axes(images, kernel / kernel.sum(), padding)
+    return _separable_filter(like.shape[-2:], kernel / kernel.sum(), padding)
 
 
-def _filter_both_axes(images, kernel, padding):
+def _separable_filter(size, kernel, padding):
+    """Return a function that filters images of a size (h, w) along both axes."""
     radius = len(kernel) // 2
-    height, width = images.shape[-2:]
+    height, width = size
     vertical = _banded_matrix(height, kernel, padding)
-    horizontal = _banded_matrix(width, kernel, padding)
-    if max(height, width) <= 2 * BLOCK:
-        # the copy that joins the blocks costs more than they save where they are few
+    horizontal = vertical if width == height else _banded_matrix(width, kernel, padding)
+
+    def filter_whole(images):
         return vertical @ images @ horizontal.T
-    rows = [vertical[p, r] @ images[..., r, :] for p, r in _blocks(height, radius)]
-    blurred = torch.cat(rows, dim=-2)
-    columns = [blurred[..., r] @ horizontal[p, r].T for p, r in _blocks(width, radius)]
-    return torch.cat(columns, dim=-1)
+
+    def filter_blocks(images):
+        rows = [vertical[p, r] @ images[..., r, :] for p, r in _blocks(height, radius)]
+        images = torch.cat(rows, dim=-2)
+        columns = [
+            images[..., r] @ horizontal[p, r].T for p, r in _blocks(width, radius)
+        ]
+        return torch.cat(columns, dim=-1)
+
+    # the copy that joins the blocks costs more than they save where they are few
+    return filter_whole if max(height, width) <= 2 * BLOCK else filter_blocks
 
 
 def _blocks(size, radius):
@@ -152,7 +165,8 @@ def mean_filter(images, size, *, padding="zeros"):
     >>> mean_filter(torch.ones(1, 3, 3), 3)[0, 1]
     tensor([0.6667, 1.0000, 0.6667])
     """
-    return _filter_both_axes(images, images.new_full((size,), 1 / size), padding)
+    kernel = images.new_full((size,), 1 / size)
+    return _separable_filter(images.shape[-2:], kernel, padding)(images)
 
 
 def scaled_size(size, images):

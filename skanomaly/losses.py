@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .filters import full_precision, gaussian_blur, prewitt
+from .filters import full_precision, gaussian_filter, prewitt
 
 # keeps the quotient stable where both gradients vanish, for values in [0, 1]
 GMS_CONSTANT = 0.0026
@@ -64,19 +64,19 @@ def ssim_map(
         torch.as_tensor(constant * data_range**2).to(images) for constant in constants
     )
 
+    blur = gaussian_filter(images, sigma, window_size // 2, padding)
+
     def similarities(x, y):
         # planes that are read again and again should lie one after the other
         x, y = x.contiguous(), y.contiguous()
-        moments = torch.stack([x, y, 2 * x * y, torch.addcmul(x * x, y, y)])
-        mean_x, mean_y, product, power = gaussian_blur(
-            moments, sigma, radius=window_size // 2, padding=padding
-        )
+        mean_x, mean_y = blur(x), blur(y)
         # 2 E[x] E[y] + c1 and E[x]^2 + E[y]^2 + c1
         mean_product = torch.addcmul(c1, mean_x, mean_y, value=2)
-        mean_power = torch.addcmul(mean_x * mean_x, mean_y, mean_y).add_(c1)
-        covariance = (product - mean_product).add_(c1 + c2)
-        variances = (power - mean_power).add_(c1 + c2)
-        return mean_product / mean_power * (covariance / variances)
+        mean_power = torch.addcmul(c1, mean_x, mean_x).addcmul_(mean_y, mean_y)
+        # what no way back needs is overwritten
+        covariance = blur(2 * x * y).sub_(mean_product).add_(c1 + c2)
+        variances = blur((x * x).addcmul_(y, y)).sub_(mean_power).add_(c1 + c2)
+        return (mean_product * covariance) / (mean_power * variances)
 
     n_together = len(images)
     if images.device.type == "cpu":

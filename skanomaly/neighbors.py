@@ -5,14 +5,16 @@ import warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from sklearn.utils import gen_batches
 
 from .filters import full_precision
 
-QUERY_CHUNK = 2048
-GALLERY_CHUNK = 4096
-GROUP = 32
-GATHERED_VALUES = 2**20
+# queries and gallery rows whose products stay in a processor's cache
+QUERY_CHUNK = 512
+TILE = 1024
+TILES_TOGETHER = 32
+GROUP = 16
+GATHERED_VALUES = 2**18
 N_CANDIDATES = 10
 RECALL_SAMPLE = 500
 MIN_RECALL = 0.95
@@ -42,10 +44,10 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     Notes
     -----
     A matrix product of queries and gallery, both centred at the gallery's mean, gives
-    the squared distances up to rounding, chunk by chunk. Of every group of 32 gallery
+    the squared distances up to rounding, tile by tile. Of every group of 16 gallery
     rows only the smallest is kept. The ``n_neighbors`` nearest rows lie in as many
     groups; one group more is kept against rounding, and within these groups all
-    distances are computed from differences. Only where hundreds of rows lie closer
+    distances are computed from differences. Only where dozens of rows lie closer
     together than the rounding of the product, another of them may come out nearest.
 
     Examples
@@ -56,41 +58,56 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     >>> nearest_distances(torch.tensor([[0.0, 1.0]]), gallery)
     (tensor([[1.]]), tensor([[0]]))
     """
+    groups = _nearest_groups(queries, gallery, n_neighbors + 1)
+    members = TILE // GROUP * torch.arange(GROUP, device=queries.device)
+    candidates = (groups[:, :, None] + members).flatten(1)
+    return rank_candidates(queries, gallery, candidates, n_neighbors)
+
+
+def _nearest_groups(queries, gallery, n_wanted):
+    """Return the first rows (n_queries, n_groups) of the nearest groups of each query.
+
+    A tile is folded GROUP times; rows that come to lie on each other are a group.
+    """
+    n_columns = TILE // GROUP
+    n_tiles = -(-len(gallery) // TILE)
+    n_groups = min(n_wanted, n_tiles * n_columns)
+    # a GPU wants more at a time
+    n_together = QUERY_CHUNK if queries.device.type == "cpu" else 16 * QUERY_CHUNK
+    chunks = list(gen_batches(len(queries), n_together))
     center = gallery.mean(dim=0)
-    found = [
-        _search(chunk, gallery, center, n_neighbors)
-        for chunk in queries.split(QUERY_CHUNK)
-    ]
-    distances, indices = zip(*found, strict=True)
-    return torch.cat(distances), torch.cat(indices)
-
-
-def _search(queries, gallery, center, n_neighbors):
-    n_groups = min(n_neighbors + 1, -(-len(gallery) // GROUP))
-    best = queries.new_full((len(queries), n_groups), -torch.inf)
-    groups = torch.zeros_like(best, dtype=torch.int64)
     extended = torch.cat([queries - center, -torch.ones_like(queries[:, :1])], dim=1)
-    products = queries.new_empty(len(queries), GALLERY_CHUNK)
-    for start in range(0, len(gallery), GALLERY_CHUNK):
-        block = gallery[start : start + GALLERY_CHUNK] - center
+    best = queries.new_full((len(queries), n_groups), -torch.inf)
+    # rows past the gallery's end stand for none
+    groups = torch.full_like(best, len(gallery), dtype=torch.int64)
+    columns = torch.arange(n_columns, device=queries.device)
+    for start in range(0, len(gallery), TILES_TOGETHER * TILE):
+        block = gallery[start : start + TILES_TOGETHER * TILE] - center
         half_norms = torch.linalg.vector_norm(block, dim=1, keepdim=True) ** 2 / 2
-        block = torch.cat([block, half_norms], dim=1)
+        tiles = torch.cat([block, half_norms], dim=1).split(TILE)
+        firsts = torch.cat([start + TILE * i + columns for i in range(len(tiles))])
+        for rows in chunks:
+            maxima = _group_maxima(extended[rows], tiles)
+            own, kept = maxima.topk(min(n_groups, maxima.shape[1]))
+            merged, kept_of_all = torch.cat([best[rows], own], dim=1).topk(n_groups)
+            both = torch.cat([groups[rows], firsts[kept]], dim=1)
+            best[rows], groups[rows] = merged, both.gather(1, kept_of_all)
+    return groups
+
+
+def _group_maxima(queries, tiles):
+    """Return the greatest product (n_queries, n_groups) of queries with each group."""
+    n_columns = TILE // GROUP
+    maxima = queries.new_empty(len(queries), len(tiles) * n_columns)
+    products = queries.new_empty(len(queries), TILE)
+    parts = maxima.split(n_columns, dim=1)
+    for tile, part in zip(tiles, parts, strict=True):
         # half the squared norm of the query less half the squared distance
-        closeness = torch.mm(extended, block.T, out=products[:, : len(block)])
-        maxima = _group_maxima(closeness)  # (n_queries, rows / GROUP)
-        numbers = torch.arange(maxima.shape[1], device=queries.device) + start // GROUP
-        best, kept = torch.cat([best, maxima], dim=1).topk(n_groups)
-        numbers = torch.cat([groups, numbers.expand(len(queries), -1)], dim=1)
-        groups = numbers.gather(1, kept)
-    candidates = groups[:, :, None] * GROUP + torch.arange(GROUP, device=queries.device)
-    return rank_candidates(queries, gallery, candidates.flatten(1), n_neighbors)
-
-
-def _group_maxima(closeness):
-    missing = -closeness.shape[1] % GROUP
-    if missing:
-        closeness = F.pad(closeness, (0, missing), value=-torch.inf)
-    return closeness.view(len(closeness), -1, GROUP).amax(dim=2)
+        torch.mm(queries, tile.T, out=products[:, : len(tile)])
+        if len(tile) < TILE:
+            products[:, len(tile) :] = -torch.inf
+        torch.amax(products.view(-1, GROUP, n_columns), dim=1, out=part)
+    return maxima
 
 
 def rank_candidates(queries, gallery, candidates, n_neighbors):
@@ -118,7 +135,9 @@ def rank_candidates(queries, gallery, candidates, n_neighbors):
     for rows in torch.arange(len(queries), device=queries.device).split(rows_at_once):
         chosen = candidates[rows]
         known = chosen.clamp(max=len(gallery) - 1).to(gallery.device)
-        neighbors = gallery[known].to(queries.device)  # (rows, candidates, c)
+        # far faster than gallery[known]
+        neighbors = gallery.index_select(0, known.flatten()).to(queries.device)
+        neighbors = neighbors.view(*known.shape, -1)  # (rows, candidates, c)
         distances[rows] = torch.linalg.vector_norm(
             neighbors.sub_(queries[rows, None]), dim=2
         ).masked_fill_(chosen >= len(gallery), torch.inf)

@@ -338,7 +338,11 @@ class PNet(NetworkDetector):
     def _optimizer(self, part):
         rate = self.learning_rate / (10 if isinstance(part, PatchCritic) else 1)
         return torch.optim.Adam(
-            part.parameters(), lr=rate, betas=(0.1, 0.9), weight_decay=1e-4
+            part.parameters(),
+            lr=rate,
+            betas=(0.1, 0.9),
+            weight_decay=1e-4,
+            fused=True,
         )
 
     def _scheduler(self, optimizer):

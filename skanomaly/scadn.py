@@ -270,7 +270,9 @@ class SCADN(NetworkDetector):
 
     def _optimizer(self, part):
         rate = self.learning_rate / (10 if part is self.network_["critic"] else 1)
-        return torch.optim.Adam(part.parameters(), lr=rate, betas=(0.0, 0.9))
+        return torch.optim.Adam(
+            part.parameters(), lr=rate, betas=(0.0, 0.9), fused=True
+        )
 
     def _fit(self, images, labels):
         counts = self.stripes

@@ -25,8 +25,8 @@ def test_nearest_distances_equal_brute_force(
 ):
     monkeypatch.setattr(neighbors, "QUERY_CHUNK", query_chunk)
     monkeypatch.setattr(neighbors, "GROUP", group)
-    # groups are numbered across chunks, hence a chunk holds whole groups
-    monkeypatch.setattr(neighbors, "GALLERY_CHUNK", n_groups * group)
+    monkeypatch.setattr(neighbors, "TILE", n_groups * group)
+    monkeypatch.setattr(neighbors, "TILES_TOGETHER", 2)
     monkeypatch.setattr(neighbors, "GATHERED_VALUES", 100)
     generator = torch.Generator().manual_seed(n_gallery)
     queries = torch.randn(20, 6, generator=generator)
@@ -41,22 +41,26 @@ def test_nearest_distances_equal_brute_force(
 
 
 def test_nearest_distances_at_the_real_chunk_sizes():
-    assert neighbors.GALLERY_CHUNK % neighbors.GROUP == 0
     generator = torch.Generator().manual_seed(0)
+    n_gallery = neighbors.TILES_TOGETHER * neighbors.TILE + 70
     queries = torch.randn(neighbors.QUERY_CHUNK + 5, 8, generator=generator)
-    gallery = torch.randn(neighbors.GALLERY_CHUNK + 70, 8, generator=generator)
+    gallery = torch.randn(n_gallery, 8, generator=generator)
     distances, _ = nearest_distances(queries, gallery, n_neighbors=3)
     expected = brute_force(queries, gallery, 3)
     torch.testing.assert_close(distances.double(), expected, rtol=1e-6, atol=0)
 
 
-def test_all_rows_as_neighbors():
+@pytest.mark.parametrize("tile", [16, 64, 1024])
+@pytest.mark.parametrize("n_gallery", [65, 70, 97])
+def test_all_rows_as_neighbors(monkeypatch, tile, n_gallery):
+    monkeypatch.setattr(neighbors, "TILE", tile)
+    monkeypatch.setattr(neighbors, "TILES_TOGETHER", 2)
     generator = torch.Generator().manual_seed(0)
-    queries, gallery = torch.randn(2, 70, 4, generator=generator)
-    distances, indices = nearest_distances(queries, gallery, n_neighbors=70)
-    expected = brute_force(queries, gallery, 70)
+    queries, gallery = torch.randn(2, n_gallery, 4, generator=generator)
+    distances, indices = nearest_distances(queries, gallery, n_neighbors=n_gallery)
+    expected = brute_force(queries, gallery, n_gallery)
     torch.testing.assert_close(distances.double(), expected, rtol=1e-6, atol=0)
-    assert (indices.sort(dim=1).values == torch.arange(70)).all()
+    assert (indices.sort(dim=1).values == torch.arange(n_gallery)).all()
 
 
 @pytest.mark.parametrize("spread, offset", [(1.0, 0.0), (1.0, 1e4), (0.01, 30.0)])
