@@ -3,8 +3,10 @@
 For each method, the calls of its networks during one training step and during the
 scoring of a batch are recorded, and then replayed alone, on tensors that are ready:
 forward passes for the scores; forward and backward passes and optimiser steps for the
-training. That is the *floor*. Full and bare versions take turns in one process, and
-the ratio of their medians is the figure::
+training. That is the time of the *networks*. The *floor* also has the matrix products
+that the method cannot do without: the filters of a structural similarity, and SPADE's
+search. All versions take turns in one process, and the ratios of their medians are the
+figures::
 
     python benchmarks/speed.py --sizes 64 128 256 --threads 1
 
@@ -17,6 +19,8 @@ size of images.
 
 import argparse
 import contextlib
+import copy
+import functools
 import itertools
 import json
 import multiprocessing
@@ -37,8 +41,9 @@ import skanomaly
 import skanomaly.base
 import skanomaly.descargan
 import skanomaly.losses
+from skanomaly.base import resolve_device
 from skanomaly.metrics import localization_scores
-from skanomaly.neighbors import QUERY_CHUNK, TILE
+from skanomaly.neighbors import QUERY_CHUNK, TILE, on_device
 from skanomaly.training import Batch, _descend, _in_precision
 
 BRIEF = {"max_epochs": 1, "n_iter_no_change": None}
@@ -84,12 +89,7 @@ GROWING = {
     "SCADN": {"width": 4, "n_blocks": 1, "critic_width": 4, **BRIEF},
     "DeScarGAN": {"width": 4, "critic_width": 4, **BRIEF},
 }
-# functions outside the networks that belong to the floor: passes with their way back in
-# them, and matrix products
-UNAVOIDABLE = (
-    (skanomaly.descargan, "gradient_penalty"),
-    (skanomaly.losses, "gaussian_filter"),
-)
+CPU = torch.device("cpu")
 TABLES = ("methods", "metrics", "files", "import", "scaling")
 
 
@@ -122,12 +122,13 @@ def main():
             print_row(rows[-1])
         print()
         tables[table] = rows
+    device = resolve_device(options.device)
     facts = {
         "torch": torch.__version__,
         "threads": options.threads or torch.get_num_threads(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else "processor",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else device.type,
     }
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if options.output:
@@ -169,13 +170,16 @@ def smooth_images(n, size):
     return (255 * images).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def seconds_of(function):
-    """Time one call, on a GPU by events in its own queue."""
-    if not torch.cuda.is_available():
+def seconds_of(function, device):
+    """Time one call, on a CUDA device by events in its queue."""
+    if device.type != "cuda":
         before = time.perf_counter()
         function()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter() - before
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
     before.record()
     function()
     after.record()
@@ -183,15 +187,16 @@ def seconds_of(function):
     return before.elapsed_time(after) / 1000
 
 
-def in_turn(functions, seconds):
-    """Time functions, interleaved; return the median and quartiles of each."""
+def in_turn(functions, seconds, device=CPU, prepare=lambda: None):
+    """Time functions, interleaved; return the quartiles of each."""
     for function in functions:
         function()
     times = [[] for _ in functions]
     started = time.perf_counter()
     while len(times[0]) < 3 or time.perf_counter() - started < seconds:
         for function, own in zip(functions, times, strict=True):
-            own.append(seconds_of(function))
+            prepare()
+            own.append(seconds_of(function, device))
     return [np.quantile(own, (0.25, 0.5, 0.75)) for own in times]
 
 
@@ -218,14 +223,18 @@ class Recorder:
                 module.register_forward_pre_hook(self._enter, with_kwargs=True)
             )
             handles.append(module.register_forward_hook(self._leave, always_call=True))
-        functions = [getattr(module, name) for module, name in UNAVOIDABLE]
-        for (module, name), function in zip(UNAVOIDABLE, functions, strict=True):
-            setattr(module, name, self._recorded(function))
+        # of a gradient penalty the backward pass is part of the forward pass
+        penalty = skanomaly.descargan.gradient_penalty
+        make_filter = skanomaly.losses.make_gaussian_filter
+        skanomaly.descargan.gradient_penalty = self._recorded(penalty)
+        skanomaly.losses.make_gaussian_filter = lambda *arguments: self._recorded(
+            make_filter(*arguments)
+        )
         try:
             yield self.calls
         finally:
-            for (module, name), function in zip(UNAVOIDABLE, functions, strict=True):
-                setattr(module, name, function)
+            skanomaly.descargan.gradient_penalty = penalty
+            skanomaly.losses.make_gaussian_filter = make_filter
             for handle in handles:
                 handle.remove()
 
@@ -238,15 +247,20 @@ class Recorder:
         self.depth -= 1
 
     def _recorded(self, function):
-        def recorded(*arguments, **named):
-            self._enter(function, arguments, named)
+        def recorded(*arguments):
+            self._enter(function, arguments, {})
             try:
-                result = function(*arguments, **named)
+                return function(*arguments)
             finally:
                 self.depth -= 1
-            return self._recorded(result) if callable(result) else result
 
         return recorded
+
+
+def is_filter(function):
+    """Return whether a recorded call is neither a network's nor has one in it."""
+    is_network = isinstance(function, torch.nn.Module)
+    return not is_network and function is not skanomaly.descargan.gradient_penalty
 
 
 def keep(value):
@@ -296,11 +310,16 @@ class Training:
         self.losses, self.precision = captured["losses"], captured["precision"]
         self.optimizers = captured["optimizers"]
         self.rows = np.arange(min(detector.batch_size, len(self.images)))
+        self.weights = copy.deepcopy(self.network.state_dict())
         # by the optimiser's part, the calls that its loss was computed from
         self.recorded = []
         self.gradients = {}
 
-    def step(self, recorder=None):
+    def restore(self):
+        """Undo what the steps did to the weights."""
+        self.network.load_state_dict(self.weights)
+
+    def full(self, recorder=None):
         """Take a step as the training loop does."""
         self.network.train()
         labels = None if self.labels is None else self.labels[self.rows]
@@ -317,9 +336,14 @@ class Training:
         """Record the bare passes of a step."""
         recorder = Recorder(self.network)
         with recorder.recording():
-            self.step(recorder)
+            self.full(recorder)
 
-    def bare(self):
+    @property
+    def has_filters(self):
+        """Whether a step has filters beside its networks."""
+        return any(is_filter(call[0]) for _, calls in self.recorded for call in calls)
+
+    def bare(self, *, filters=True):
         """Replay the passes of a step and take its optimisers' steps."""
         self.network.train()
         waiting = []
@@ -328,6 +352,8 @@ class Training:
             own = {p for group in optimizer.param_groups for p in group["params"]}
             optimizer.zero_grad(set_to_none=True)
             for module, arguments, named in calls:
+                if is_filter(module) and not filters:
+                    continue
                 with skanomaly.base.autocast(next(iter(own)).device, self.precision):
                     outputs = module(*arguments, **named)
                 outputs = [t for t in tensors_in(outputs) if t.requires_grad]
@@ -353,12 +379,13 @@ class Training:
     def gradient(self, output):
         """Return a gradient that is ready.
 
-        It is random, since a constant one vanishes in a normalisation but for denormal
-        numbers, on which processors are slow.
+        It is random, because a constant gradient all but vanishes in a normalisation,
+        and the denormal numbers that are left of it are slow.
         """
-        if output.shape not in self.gradients:
-            self.gradients[output.shape] = torch.randn_like(output)
-        return self.gradients[output.shape]
+        key = output.shape, output.stride(), output.dtype
+        if key not in self.gradients:
+            self.gradients[key] = torch.randn_like(output)
+        return self.gradients[key]
 
 
 class Scoring:
@@ -377,26 +404,35 @@ class Scoring:
                 positions, channels = np.prod(gallery.shape[1:3]), gallery.shape[3]
                 n = min(detector.gallery_size, len(gallery)) * positions
                 rows = torch.rand(n, channels, device=self.device)
-                queries = rows[:positions].clone()
-                found = queries.new_empty(min(positions, QUERY_CHUNK), TILE)
-                self.products.append((queries, rows, found))
+                queries = rows.new_ones(len(X) * positions, channels)
+                # images that have all galleries in common are searched together
+                together = len(queries) if n == len(gallery) * positions else positions
+                together = min(together, on_device(QUERY_CHUNK, rows))
+                found = queries.new_empty(together, TILE)
+                self.products.append((queries.split(together), rows.split(TILE), found))
+
+    @property
+    def has_filters(self):
+        """Whether the scores need matrix products beside the networks."""
+        return bool(self.products) or any(is_filter(call[0]) for call in self.calls)
 
     def full(self):
         """Score the batch."""
         self.detector.score_samples(self.X)
 
-    def bare(self):
+    def bare(self, *, filters=True):
         """Replay the passes."""
         needs_gradients = isinstance(self.detector, skanomaly.DifferNet)
         mode = contextlib.nullcontext() if needs_gradients else torch.inference_mode()
         with mode, skanomaly.base.autocast(self.device, self.detector.precision):
             for module, arguments, named in self.calls:
-                module(*arguments, **named)
-            for queries, rows, found in self.products:
-                for _ in range(len(self.X)):
-                    for some in queries.split(QUERY_CHUNK):
-                        for part in rows.split(TILE):
-                            torch.mm(some, part.T, out=found[: len(some), : len(part)])
+                if filters or not is_filter(module):
+                    module(*arguments, **named)
+        if not filters:
+            return
+        for chunks, tiles, found in self.products:
+            for chunk, tile in itertools.product(chunks, tiles):
+                torch.mm(chunk, tile.T, out=found[: len(chunk), : len(tile)])
 
 
 def measure_methods(task, options):
@@ -413,38 +449,50 @@ def measure_methods(task, options):
     X = smooth_images(32, size)
     y = np.array([1, -1] * 16) if name == "DeScarGAN" else None
     row = {"method": name, "size": size, "precision": precision}
+    device = resolve_device(options.device)
     if name == "SPADE":
         detector.fit(X)
-        row |= {
-            "step s": "",
-            "step floor s": "",
-            "step / floor": "",
-            "step quartiles": "",
-        }
+        row |= dict.fromkeys(figures("step", [[0, 1, 0]] * 2), "")
     else:
         n_train = max(8, detector.batch_size)
         training = Training(detector, X[:n_train], None if y is None else y[:n_train])
-        training.record()
-        row |= figures("step", in_turn([training.step, training.bare], options.seconds))
-    for n in (1, 32):
-        scoring = Scoring(detector, X[:n])
-        row |= figures(
-            f"score {n}", in_turn([scoring.full, scoring.bare], options.seconds), n
+        training.full()
+    detector.set_params(batch_size=len(X)).score_samples(X)
+    mib = peak_mib() - start
+    gpu_mib = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
+
+    def timed(label, whole, n=1, **settings):
+        functions = [whole.full, whole.bare]
+        if whole.has_filters:
+            functions.append(functools.partial(whole.bare, filters=False))
+        return figures(
+            label, in_turn(functions, options.seconds, device, **settings), n
         )
-    row["MiB"] = peak_mib() - start
-    if torch.cuda.is_available():
-        row["MiB of the GPU"] = torch.cuda.max_memory_allocated() / 2**20
+
+    if name != "SPADE":
+        training.record()
+        row |= timed("step", training, prepare=training.restore)
+        training.restore()
+        detector.network_.eval()
+    for n in (1, len(X)):
+        row |= timed(f"score {n}", Scoring(detector, X[:n]), n)
+    row["MiB"] = mib
+    if gpu_mib:
+        row["MiB of the GPU"] = gpu_mib
     return [row]
 
 
 def figures(name, quartiles, n=1):
-    """Return the medians, their ratio and the quartiles of the first."""
-    full, floor = quartiles
+    """Return medians, ratios of the first to the others, and quartiles."""
+    full, floor, *networks = quartiles
+    ratios = {"floor": full[1] / floor[1]}
+    ratios["networks"] = full[1] / networks[0][1] if networks else ratios["floor"]
     return {
         f"{name} s": float(full[1] / n),
-        f"{name} floor s": float(floor[1] / n),
-        f"{name} / floor": float(full[1] / floor[1]),
         f"{name} quartiles": f"{full[0] / n:.3g}-{full[2] / n:.3g}",
+        f"{name} floor s": float(floor[1] / n),
+        f"{name} floor quartiles": f"{floor[0] / n:.3g}-{floor[2] / n:.3g}",
+        **{f"{name} / {base}": float(ratio) for base, ratio in ratios.items()},
     }
 
 
@@ -534,7 +582,7 @@ def measure_scaling(task, options):
             )
         )
     rows = rows[1:]
-    positions, fits, scores, _ = np.log(rows).T
+    positions, fits, scores, memory = np.log(rows).T
     return [
         {
             "method": name,
@@ -545,6 +593,7 @@ def measure_scaling(task, options):
             "fit exponent": float(np.polyfit(positions[1:], fits[1:], 1)[0]),
             "score exponent": float(np.polyfit(positions[1:], scores[1:], 1)[0]),
             "MiB": f"{rows[0][3]:.0f}-{rows[-1][3]:.0f}",
+            "memory exponent": float(np.polyfit(positions[1:], memory[1:], 1)[0]),
         }
     ]
 

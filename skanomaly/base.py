@@ -605,9 +605,9 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         check_is_fitted(self)
         X = self._check_X(X, reset=False)
         device = resolve_device(self.device, X)
-        network = getattr(self, "network_", None)
-        if network is not None and next(network.parameters()).device != device:
-            network.to(device)
+        parameters = self.network_.parameters() if hasattr(self, "network_") else ()
+        if any(parameter.device != device for parameter in parameters):
+            self.network_.to(device)
         return ImageBatches(X, device)
 
     def _training_images(self, X, labels):

@@ -96,18 +96,19 @@ def gaussian_blur(images, sigma, *, radius=None, padding="reflect"):
     >>> round(gaussian_blur(image, 1.0).sum().item(), 4)
     1.0
     """
-    if sigma == 0:
-        return images
     if radius is None:
         radius = math.ceil(4 * sigma)
-    return gaussian_filter(images, sigma, radius, padding)(images)
+    return make_gaussian_filter(images, sigma, radius, padding)(images)
 
 
-def gaussian_filter(like, sigma, radius, padding):
+def make_gaussian_filter(like, sigma, radius, padding):
     """Return a function that blurs images of the size, type and device of ``like``."""
+    if sigma == 0:
+        return lambda images: images
     offsets = torch.arange(-radius, radius + 1, device=like.device).to(like.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    return _separable_filter(like.shape[-2:], kernel / kernel.sum(), padding)
+    kernel = kernel / kernel.sum()
+    return full_precision(_separable_filter(like.shape[-2:], kernel, padding))
 
 
 def _separable_filter(size, kernel, padding):

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .filters import full_precision, gaussian_filter, prewitt
+from .filters import full_precision, make_gaussian_filter, prewitt
 
 # keeps the quotient stable where both gradients vanish, for values in [0, 1]
 GMS_CONSTANT = 0.0026
@@ -64,7 +64,7 @@ def ssim_map(
         torch.as_tensor(constant * data_range**2).to(images) for constant in constants
     )
 
-    blur = gaussian_filter(images, sigma, window_size // 2, padding)
+    blur = make_gaussian_filter(images, sigma, window_size // 2, padding)
 
     def similarities(x, y):
         # planes that are read again and again should lie one after the other
@@ -76,7 +76,7 @@ def ssim_map(
         # what no way back needs is overwritten
         covariance = blur(2 * x * y).sub_(mean_product).add_(c1 + c2)
         variances = blur((x * x).addcmul_(y, y)).sub_(mean_power).add_(c1 + c2)
-        return (mean_product * covariance) / (mean_power * variances)
+        return mean_product / mean_power * (covariance / variances)
 
     n_together = len(images)
     if images.device.type == "cpu":

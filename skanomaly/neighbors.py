@@ -5,15 +5,16 @@ import warnings
 
 import numpy as np
 import torch
-from sklearn.utils import gen_batches
 
 from .filters import full_precision
 
 # queries and gallery rows whose products stay in a processor's cache
 QUERY_CHUNK = 512
 TILE = 1024
-TILES_TOGETHER = 32
 GROUP = 16
+SPARE_GROUPS = 3
+# values of prepared gallery rows, and of neighbours gathered at a time
+BLOCK_VALUES = 2**21
 GATHERED_VALUES = 2**18
 N_CANDIDATES = 10
 RECALL_SAMPLE = 500
@@ -46,9 +47,10 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     A matrix product of queries and gallery, both centred at the gallery's mean, gives
     the squared distances up to rounding, tile by tile. Of every group of 16 gallery
     rows only the smallest is kept. The ``n_neighbors`` nearest rows lie in as many
-    groups; one group more is kept against rounding, and within these groups all
-    distances are computed from differences. Only where dozens of rows lie closer
-    together than the rounding of the product, another of them may come out nearest.
+    groups; three groups more are kept against rounding, and within these groups all
+    distances are computed from differences. Only where rows of more than three other
+    groups are as near, up to the rounding of the product, one of them may come out
+    instead.
 
     Examples
     --------
@@ -58,10 +60,29 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     >>> nearest_distances(torch.tensor([[0.0, 1.0]]), gallery)
     (tensor([[1.]]), tensor([[0]]))
     """
-    groups = _nearest_groups(queries, gallery, n_neighbors + 1)
+    n_groups = n_neighbors + SPARE_GROUPS
+    if len(gallery) <= n_groups * GROUP:
+        all_rows = torch.arange(len(gallery), device=queries.device)
+        candidates = all_rows.expand(len(queries), -1)
+        return rank_candidates(queries, gallery, candidates, n_neighbors)
+    groups = _nearest_groups(queries, gallery, n_groups)
     members = TILE // GROUP * torch.arange(GROUP, device=queries.device)
-    candidates = (groups[:, :, None] + members).flatten(1)
-    return rank_candidates(queries, gallery, candidates, n_neighbors)
+    n_together = on_device(QUERY_CHUNK, queries)
+    found = [
+        rank_candidates(
+            chunk, gallery, (own[:, :, None] + members).flatten(1), n_neighbors
+        )
+        for chunk, own in zip(
+            queries.split(n_together), groups.split(n_together), strict=True
+        )
+    ]
+    distances, indices = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def on_device(number, like):
+    """Return how much to do at a time: more on a GPU, which has no such caches."""
+    return number if like.device.type == "cpu" else 16 * number
 
 
 def _nearest_groups(queries, gallery, n_wanted):
@@ -72,26 +93,26 @@ def _nearest_groups(queries, gallery, n_wanted):
     n_columns = TILE // GROUP
     n_tiles = -(-len(gallery) // TILE)
     n_groups = min(n_wanted, n_tiles * n_columns)
-    # a GPU wants more at a time
-    n_together = QUERY_CHUNK if queries.device.type == "cpu" else 16 * QUERY_CHUNK
-    chunks = list(gen_batches(len(queries), n_together))
+    n_rows = TILE * max(1, BLOCK_VALUES // (TILE * gallery.shape[1]))
     center = gallery.mean(dim=0)
     extended = torch.cat([queries - center, -torch.ones_like(queries[:, :1])], dim=1)
     best = queries.new_full((len(queries), n_groups), -torch.inf)
     # rows past the gallery's end stand for none
     groups = torch.full_like(best, len(gallery), dtype=torch.int64)
+    n_together = on_device(QUERY_CHUNK, queries)
+    chunks = [part.split(n_together) for part in (extended, best, groups)]
     columns = torch.arange(n_columns, device=queries.device)
-    for start in range(0, len(gallery), TILES_TOGETHER * TILE):
-        block = gallery[start : start + TILES_TOGETHER * TILE] - center
+    for start in range(0, len(gallery), n_rows):
+        block = gallery[start : start + n_rows] - center
         half_norms = torch.linalg.vector_norm(block, dim=1, keepdim=True) ** 2 / 2
         tiles = torch.cat([block, half_norms], dim=1).split(TILE)
         firsts = torch.cat([start + TILE * i + columns for i in range(len(tiles))])
-        for rows in chunks:
-            maxima = _group_maxima(extended[rows], tiles)
+        for chunk, chunk_best, chunk_groups in zip(*chunks, strict=True):
+            maxima = _group_maxima(chunk, tiles)
             own, kept = maxima.topk(min(n_groups, maxima.shape[1]))
-            merged, kept_of_all = torch.cat([best[rows], own], dim=1).topk(n_groups)
-            both = torch.cat([groups[rows], firsts[kept]], dim=1)
-            best[rows], groups[rows] = merged, both.gather(1, kept_of_all)
+            both = torch.cat([chunk_groups, firsts[kept]], dim=1)
+            chunk_best[:], kept = torch.cat([chunk_best, own], dim=1).topk(n_groups)
+            chunk_groups[:] = both.gather(1, kept)
     return groups
 
 
@@ -129,19 +150,19 @@ def rank_candidates(queries, gallery, candidates, n_neighbors):
     distances, indices : torch.Tensor of shape (n_queries, n_neighbors)
         Distances in ascending order and rows of the gallery.
     """
-    distances = queries.new_empty(candidates.shape)
-    values = candidates.shape[1] * gallery.shape[1]
-    rows_at_once = max(1, GATHERED_VALUES // values)
-    for rows in torch.arange(len(queries), device=queries.device).split(rows_at_once):
-        chosen = candidates[rows]
+    distances = []
+    n_values = candidates.shape[1] * gallery.shape[1]
+    n_together = max(1, on_device(GATHERED_VALUES, queries) // n_values)
+    for chunk, chosen in zip(
+        queries.split(n_together), candidates.split(n_together), strict=True
+    ):
         known = chosen.clamp(max=len(gallery) - 1).to(gallery.device)
-        # far faster than gallery[known]
+        # far faster than gallery[known] on a processor
         neighbors = gallery.index_select(0, known.flatten()).to(queries.device)
-        neighbors = neighbors.view(*known.shape, -1)  # (rows, candidates, c)
-        distances[rows] = torch.linalg.vector_norm(
-            neighbors.sub_(queries[rows, None]), dim=2
-        ).masked_fill_(chosen >= len(gallery), torch.inf)
-    distances, kept = distances.topk(n_neighbors, largest=False)
+        neighbors = neighbors.view(*known.shape, gallery.shape[1])
+        found = torch.linalg.vector_norm(neighbors.sub_(chunk[:, None]), dim=2)
+        distances.append(found.masked_fill_(chosen >= len(gallery), torch.inf))
+    distances, kept = torch.cat(distances).topk(n_neighbors, largest=False)
     return distances, candidates.gather(1, kept)
 
 

@@ -71,7 +71,7 @@ def export(detector, path, *, batch_size=1):
     image to image, SPADE with an approximate index, MNAD with ``update_at_test`` and
     DeScarGAN's classifier cannot be exported.
 
-    Needs torch 2.6 or newer and the packages of ``pip install skanomaly[onnx]``.
+    Needs the packages of ``pip install skanomaly[onnx]``.
 
     Examples
     --------

@@ -52,9 +52,11 @@ def seeded(seed):
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
-        # torch.manual_seed notes its whole call stack for every absent kind of GPU
-        is_present = torch.accelerator.is_available()
-        (torch if is_present else torch.default_generator).manual_seed(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:
+            # the other notes its whole call stack for every absent kind of GPU
+            torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -101,6 +101,20 @@ def test_ssim_map_equals_the_loop_over_windows(data_range, window_size, sigma):
     assert ssim_loss(x, y, **settings).item() == pytest.approx(1 - result.mean().item())
 
 
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_gradients_of_ssim_equal_differences(padding):
+    pair = [image.requires_grad_() for image in random_pair(2, 1, 6, 7)]
+    assert torch.autograd.gradcheck(
+        lambda x, y: ssim_map(x, y, window_size=3, padding=padding), pair
+    )
+
+
+def test_ssim_without_a_window_compares_pixels():
+    x, y = random_pair(1, 1, 4, 4)
+    expected = (2 * x * y + 1e-4) / (x**2 + y**2 + 1e-4)
+    torch.testing.assert_close(ssim_map(x, y, sigma=0), expected)
+
+
 def test_ssim_of_equal_images_is_one_and_symmetric():
     x, y = random_pair(2, 3, 16, 12, dtype=torch.float32)
     torch.testing.assert_close(ssim_map(x, x), torch.ones_like(x))

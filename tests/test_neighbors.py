@@ -26,7 +26,8 @@ def test_nearest_distances_equal_brute_force(
     monkeypatch.setattr(neighbors, "QUERY_CHUNK", query_chunk)
     monkeypatch.setattr(neighbors, "GROUP", group)
     monkeypatch.setattr(neighbors, "TILE", n_groups * group)
-    monkeypatch.setattr(neighbors, "TILES_TOGETHER", 2)
+    monkeypatch.setattr(neighbors, "BLOCK_VALUES", 2 * n_groups * group * 6)
+    monkeypatch.setattr(neighbors, "SPARE_GROUPS", 1)
     monkeypatch.setattr(neighbors, "GATHERED_VALUES", 100)
     generator = torch.Generator().manual_seed(n_gallery)
     queries = torch.randn(20, 6, generator=generator)
@@ -40,11 +41,17 @@ def test_nearest_distances_equal_brute_force(
     torch.testing.assert_close(found, distances, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("n_gallery", [3, 2000])
+def test_no_queries(n_gallery):
+    found = nearest_distances(torch.ones(0, 4), torch.ones(n_gallery, 4), n_neighbors=2)
+    assert [part.shape for part in found] == [(0, 2), (0, 2)]
+
+
 def test_nearest_distances_at_the_real_chunk_sizes():
     generator = torch.Generator().manual_seed(0)
-    n_gallery = neighbors.TILES_TOGETHER * neighbors.TILE + 70
-    queries = torch.randn(neighbors.QUERY_CHUNK + 5, 8, generator=generator)
-    gallery = torch.randn(n_gallery, 8, generator=generator)
+    n_gallery = neighbors.BLOCK_VALUES // 64 + 70
+    queries = torch.randn(neighbors.QUERY_CHUNK + 5, 64, generator=generator)
+    gallery = torch.randn(n_gallery, 64, generator=generator)
     distances, _ = nearest_distances(queries, gallery, n_neighbors=3)
     expected = brute_force(queries, gallery, 3)
     torch.testing.assert_close(distances.double(), expected, rtol=1e-6, atol=0)
@@ -54,7 +61,7 @@ def test_nearest_distances_at_the_real_chunk_sizes():
 @pytest.mark.parametrize("n_gallery", [65, 70, 97])
 def test_all_rows_as_neighbors(monkeypatch, tile, n_gallery):
     monkeypatch.setattr(neighbors, "TILE", tile)
-    monkeypatch.setattr(neighbors, "TILES_TOGETHER", 2)
+    monkeypatch.setattr(neighbors, "BLOCK_VALUES", 2 * tile * 4)
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(2, n_gallery, 4, generator=generator)
     distances, indices = nearest_distances(queries, gallery, n_neighbors=n_gallery)
