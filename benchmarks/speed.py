@@ -240,7 +240,7 @@ class Recorder:
 
     def _enter(self, module, arguments, named):
         if self.depth == 0:
-            self.calls.append((module, *map(keep, (arguments, named))))
+            self.calls.append((module, *map(keep, (arguments, named)), trains(module)))
         self.depth += 1
 
     def _leave(self, module, arguments, output):
@@ -255,6 +255,11 @@ class Recorder:
                 self.depth -= 1
 
         return recorded
+
+
+def trains(module):
+    """Return whether a module is in training mode; None for a function."""
+    return getattr(module, "training", None)
 
 
 def is_filter(function):
@@ -351,9 +356,11 @@ class Training:
             optimizer = self.optimizers[part]
             own = {p for group in optimizer.param_groups for p in group["params"]}
             optimizer.zero_grad(set_to_none=True)
-            for module, arguments, named in calls:
+            for module, arguments, named, is_training in calls:
                 if is_filter(module) and not filters:
                     continue
+                if trains(module) != is_training:
+                    module.train(is_training)
                 with skanomaly.base.autocast(next(iter(own)).device, self.precision):
                     outputs = module(*arguments, **named)
                 outputs = [t for t in tensors_in(outputs) if t.requires_grad]
@@ -422,10 +429,11 @@ class Scoring:
 
     def bare(self, *, filters=True):
         """Replay the passes."""
-        needs_gradients = isinstance(self.detector, skanomaly.DifferNet)
-        mode = contextlib.nullcontext() if needs_gradients else torch.inference_mode()
-        with mode, skanomaly.base.autocast(self.device, self.detector.precision):
-            for module, arguments, named in self.calls:
+        with (
+            torch.inference_mode(),
+            skanomaly.base.autocast(self.device, self.detector.precision),
+        ):
+            for module, arguments, named, _ in self.calls:
                 if filters or not is_filter(module):
                     module(*arguments, **named)
         if not filters:
@@ -492,6 +500,7 @@ def figures(name, quartiles, n=1):
         f"{name} quartiles": f"{full[0] / n:.3g}-{full[2] / n:.3g}",
         f"{name} floor s": float(floor[1] / n),
         f"{name} floor quartiles": f"{floor[0] / n:.3g}-{floor[2] / n:.3g}",
+        f"{name} networks s": float((networks or [floor])[0][1] / n),
         **{f"{name} / {base}": float(ratio) for base, ratio in ratios.items()},
     }
 

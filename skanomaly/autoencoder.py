@@ -94,7 +94,7 @@ class Codec(nn.Module):
             if sides
             else nn.Conv2d(4 * width, channels, 3, padding=1)
         )
-        self.decoder = nn.Sequential(*layers, last)
+        self.decoder = nn.Sequential(*layers, last, nn.Sigmoid())
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 _initialise(layer)
@@ -105,7 +105,7 @@ class Codec(nn.Module):
 
     def decode(self, codes, size):
         """Return images (b, c, h, w) of a size (h, w) with values in [0, 1]."""
-        images = self.decoder(codes[..., None, None]).sigmoid()
+        images = self.decoder(codes[..., None, None])
         return images[..., : size[0], : size[1]]
 
     def forward(self, images):

@@ -62,18 +62,18 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     """
     n_groups = n_neighbors + SPARE_GROUPS
     if len(gallery) <= n_groups * GROUP:
-        all_rows = torch.arange(len(gallery), device=queries.device)
-        candidates = all_rows.expand(len(queries), -1)
-        return rank_candidates(queries, gallery, candidates, n_neighbors)
-    groups = _nearest_groups(queries, gallery, n_groups)
-    members = TILE // GROUP * torch.arange(GROUP, device=queries.device)
+        firsts = torch.zeros_like(queries[:, :1], dtype=torch.int64)
+        members = torch.arange(len(gallery), device=queries.device)
+    else:
+        firsts = _nearest_groups(queries, gallery, n_groups)
+        members = TILE // GROUP * torch.arange(GROUP, device=queries.device)
     n_together = on_device(QUERY_CHUNK, queries)
     found = [
         rank_candidates(
             chunk, gallery, (own[:, :, None] + members).flatten(1), n_neighbors
         )
         for chunk, own in zip(
-            queries.split(n_together), groups.split(n_together), strict=True
+            queries.split(n_together), firsts.split(n_together), strict=True
         )
     ]
     distances, indices = zip(*found, strict=True)
@@ -85,20 +85,18 @@ def on_device(number, like):
     return number if like.device.type == "cpu" else 16 * number
 
 
-def _nearest_groups(queries, gallery, n_wanted):
+def _nearest_groups(queries, gallery, n_groups):
     """Return the first rows (n_queries, n_groups) of the nearest groups of each query.
 
-    A tile is folded GROUP times; rows that come to lie on each other are a group.
+    A tile is folded into GROUP layers; rows that come to lie on each other are a group.
+    The gallery has more than n_groups * GROUP rows.
     """
     n_columns = TILE // GROUP
-    n_tiles = -(-len(gallery) // TILE)
-    n_groups = min(n_wanted, n_tiles * n_columns)
     n_rows = TILE * max(1, BLOCK_VALUES // (TILE * gallery.shape[1]))
     center = gallery.mean(dim=0)
     extended = torch.cat([queries - center, -torch.ones_like(queries[:, :1])], dim=1)
     best = queries.new_full((len(queries), n_groups), -torch.inf)
-    # rows past the gallery's end stand for none
-    groups = torch.full_like(best, len(gallery), dtype=torch.int64)
+    groups = torch.zeros_like(best, dtype=torch.int64)
     n_together = on_device(QUERY_CHUNK, queries)
     chunks = [part.split(n_together) for part in (extended, best, groups)]
     columns = torch.arange(n_columns, device=queries.device)
@@ -157,7 +155,7 @@ def rank_candidates(queries, gallery, candidates, n_neighbors):
         queries.split(n_together), candidates.split(n_together), strict=True
     ):
         known = chosen.clamp(max=len(gallery) - 1).to(gallery.device)
-        # far faster than gallery[known] on a processor
+        # half the time of gallery[known] on a processor
         neighbors = gallery.index_select(0, known.flatten()).to(queries.device)
         neighbors = neighbors.view(*known.shape, gallery.shape[1])
         found = torch.linalg.vector_norm(neighbors.sub_(chunk[:, None]), dim=2)

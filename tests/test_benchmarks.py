@@ -29,21 +29,40 @@ def test_a_replay_makes_the_calls_of_a_step(speed, precision):
         width=4, code_size=4, max_epochs=1, precision=precision, random_state=0
     )
     training = speed.Training(detector, speed.smooth_images(4, 16), None)
-    recorder = speed.Recorder(training.network)
-    with recorder.recording() as expected:
-        training.full()
     training.record()
-    training.restore()
-    replayed = speed.Recorder(training.network)
-    with replayed.recording() as calls:
-        training.bare(filters=False)
-
+    [(part, recorded)] = training.recorded
+    assert part is training.network
     # the network once, then four moments
-    filters = [call for call in expected if speed.is_filter(call[0])]
-    assert len(expected) == 5 and len(filters) == 4
-    assert [call[0] for call in calls] == [training.network]
-    assert torch.equal(calls[0][1][0], expected[0][1][0])
-    assert {call[0](*call[1]).dtype for call in filters} == {torch.float32}
+    network_call, *filter_calls = recorded
+    assert network_call[0] is training.network
+    assert len(filter_calls) == 4
+    assert all(speed.is_filter(call[0]) for call in filter_calls)
+
+    called = []
+
+    def counting(call):
+        def counted(*arguments):
+            called.append(call[0](*arguments).dtype)
+            return call[0](*arguments)
+
+        return counted, *call[1:]
+
+    training.recorded = [(part, [network_call, *map(counting, filter_calls)])]
+    training.bare(filters=False)
+    assert called == []
+    training.bare()
+    assert called == 4 * [torch.float32]
+
+
+def test_a_replay_keeps_frozen_networks_in_evaluation_mode(speed):
+    detector = speed.skanomaly.PNet(
+        width=2, critic_width=2, structure_epochs=1, max_epochs=1
+    )
+    training = speed.Training(detector, speed.smooth_images(4, 32), None)
+    training.record()
+    training.bare()
+    assert not training.network["extractor"].training
+    assert training.network["reconstructor"].training
 
 
 def test_restored_weights_are_those_of_the_fit(speed):

@@ -58,16 +58,27 @@ def test_nearest_distances_at_the_real_chunk_sizes():
 
 
 @pytest.mark.parametrize("tile", [16, 64, 1024])
-@pytest.mark.parametrize("n_gallery", [65, 70, 97])
-def test_all_rows_as_neighbors(monkeypatch, tile, n_gallery):
+@pytest.mark.parametrize("n_gallery", [81, 97, 130])
+def test_galleries_that_hold_hardly_more_than_the_groups_wanted(
+    monkeypatch, tile, n_gallery
+):
     monkeypatch.setattr(neighbors, "TILE", tile)
     monkeypatch.setattr(neighbors, "BLOCK_VALUES", 2 * tile * 4)
+    n_neighbors = (n_gallery - 1) // neighbors.GROUP - neighbors.SPARE_GROUPS
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(2, n_gallery, 4, generator=generator)
-    distances, indices = nearest_distances(queries, gallery, n_neighbors=n_gallery)
-    expected = brute_force(queries, gallery, n_gallery)
+    distances, _ = nearest_distances(queries, gallery, n_neighbors=n_neighbors)
+    expected = brute_force(queries, gallery, n_neighbors)
     torch.testing.assert_close(distances.double(), expected, rtol=1e-6, atol=0)
-    assert (indices.sort(dim=1).values == torch.arange(n_gallery)).all()
+
+
+def test_all_rows_as_neighbors():
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = torch.randn(2, 70, 4, generator=generator)
+    distances, indices = nearest_distances(queries, gallery, n_neighbors=70)
+    expected = brute_force(queries, gallery, 70)
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-6, atol=0)
+    assert (indices.sort(dim=1).values == torch.arange(70)).all()
 
 
 @pytest.mark.parametrize("spread, offset", [(1.0, 0.0), (1.0, 1e4), (0.01, 30.0)])
@@ -84,7 +95,7 @@ def test_equal_vectors_have_distance_zero(spread, offset):
 
 def test_duplicates_all_have_distance_zero():
     vector = 100 * torch.rand(1, 32, generator=torch.Generator().manual_seed(0))
-    distances, _ = nearest_distances(vector, vector.repeat(100, 1), n_neighbors=5)
+    distances, _ = nearest_distances(vector, vector.repeat(1100, 1), n_neighbors=5)
     assert (distances == 0).all()
 
 
