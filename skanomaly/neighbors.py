@@ -100,10 +100,13 @@ def _nearest_groups(queries, gallery, n_groups):
     n_together = on_device(QUERY_CHUNK, queries)
     chunks = [part.split(n_together) for part in (extended, best, groups)]
     columns = torch.arange(n_columns, device=queries.device)
+    block = extended.new_empty(min(n_rows, len(gallery)), extended.shape[1])
     for start in range(0, len(gallery), n_rows):
-        block = gallery[start : start + n_rows] - center
-        half_norms = torch.linalg.vector_norm(block, dim=1, keepdim=True) ** 2 / 2
-        tiles = torch.cat([block, half_norms], dim=1).split(TILE)
+        rows = gallery[start : start + n_rows]
+        block = block[: len(rows)]
+        torch.sub(rows, center, out=block[:, :-1])
+        block[:, -1] = torch.linalg.vector_norm(block[:, :-1], dim=1) ** 2 / 2
+        tiles = block.split(TILE)
         firsts = torch.cat([start + TILE * i + columns for i in range(len(tiles))])
         for chunk, chunk_best, chunk_groups in zip(*chunks, strict=True):
             maxima = _group_maxima(chunk, tiles)
