@@ -147,6 +147,7 @@ def tasks(table, options):
         return [
             (name, axis, points)
             for name in GROWING
+            if name in options.methods
             for axis, points in (("number", numbers), ("side", sizes))
         ]
     return [None]
