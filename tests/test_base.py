@@ -335,6 +335,7 @@ def test_seeded_restores_the_generator_even_after_an_error():
         assert torch.equal(torch.rand(4), inside)
         raise RuntimeError("inside")
     assert torch.equal(torch.rand(4), expected)
+    assert not torch.equal(inside, expected)
     torch.manual_seed(7)
     assert torch.equal(torch.rand(4), inside)
 
