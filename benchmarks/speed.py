@@ -461,7 +461,8 @@ def measure_methods(task, options):
     device = resolve_device(options.device)
     if name == "SPADE":
         detector.fit(X)
-        row |= dict.fromkeys(figures("step", [[0, 1, 0]] * 2), "")
+        no_step = (*figures("step", [[0, 1, 0]] * 2), "step / networks")
+        row |= dict.fromkeys(no_step, "")
     else:
         n_train = max(8, detector.batch_size)
         training = Training(detector, X[:n_train], None if y is None else y[:n_train])
@@ -474,9 +475,10 @@ def measure_methods(task, options):
         functions = [whole.full, whole.bare]
         if whole.has_filters:
             functions.append(functools.partial(whole.bare, filters=False))
-        return figures(
-            label, in_turn(functions, options.seconds, device, **settings), n
-        )
+        full, floor, *networks = in_turn(functions, options.seconds, device, **settings)
+        return figures(label, (full, floor), n) | {
+            f"{label} / networks": float(full[1] / (networks or [floor])[0][1])
+        }
 
     if name != "SPADE":
         training.record()
@@ -492,17 +494,14 @@ def measure_methods(task, options):
 
 
 def figures(name, quartiles, n=1):
-    """Return medians, ratios of the first to the others, and quartiles."""
-    full, floor, *networks = quartiles
-    ratios = {"floor": full[1] / floor[1]}
-    ratios["networks"] = full[1] / networks[0][1] if networks else ratios["floor"]
+    """Return medians, their ratio and quartiles."""
+    full, floor = quartiles
     return {
         f"{name} s": float(full[1] / n),
         f"{name} quartiles": f"{full[0] / n:.3g}-{full[2] / n:.3g}",
         f"{name} floor s": float(floor[1] / n),
         f"{name} floor quartiles": f"{floor[0] / n:.3g}-{floor[2] / n:.3g}",
-        f"{name} networks s": float((networks or [floor])[0][1] / n),
-        **{f"{name} / {base}": float(ratio) for base, ratio in ratios.items()},
+        f"{name} / floor": float(full[1] / floor[1]),
     }
 
 
