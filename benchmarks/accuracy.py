@@ -42,9 +42,9 @@ from skanomaly import (
     PNet,
     VariationalAutoencoder,
 )
+from skanomaly._tensors.filters import gaussian_blur
 from skanomaly.base import BaseDetector, NetworkDetector
 from skanomaly.datasets import load_mvtec
-from skanomaly.filters import gaussian_blur
 from skanomaly.metrics import localization_scores
 
 MEASURES = ("image AUROC", "pixel AUROC", "pixel AP", "AU-PRO", "F1-max")

@@ -13,7 +13,7 @@ from time import perf_counter
 
 import torch
 
-from skanomaly.neighbors import QUERY_CHUNK, TILE, nearest_distances
+from skanomaly._tensors.neighbors import QUERY_CHUNK, TILE, nearest_distances
 
 LAYERS = {"layer1": (4, 256), "layer2": (8, 512), "layer3": (16, 1024)}
 

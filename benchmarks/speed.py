@@ -38,13 +38,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import skanomaly
+import skanomaly._tensors.losses
 import skanomaly.base
-import skanomaly.descargan
-import skanomaly.losses
+import skanomaly.methods.descargan
+from skanomaly._fitting.loop import Batch, _descend, _in_precision
+from skanomaly._tensors.neighbors import QUERY_CHUNK, TILE, on_device
 from skanomaly.base import resolve_device
 from skanomaly.metrics import localization_scores
-from skanomaly.neighbors import QUERY_CHUNK, TILE, on_device
-from skanomaly.training import Batch, _descend, _in_precision
 
 BRIEF = {"max_epochs": 1, "n_iter_no_change": None}
 METHODS = {
@@ -225,17 +225,17 @@ class Recorder:
             )
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         # of a gradient penalty the backward pass is part of the forward pass
-        penalty = skanomaly.descargan.gradient_penalty
-        make_filter = skanomaly.losses.make_gaussian_filter
-        skanomaly.descargan.gradient_penalty = self._recorded(penalty)
-        skanomaly.losses.make_gaussian_filter = lambda *arguments: self._recorded(
-            make_filter(*arguments)
+        penalty = skanomaly.methods.descargan.gradient_penalty
+        make_filter = skanomaly._tensors.losses.make_gaussian_filter
+        skanomaly.methods.descargan.gradient_penalty = self._recorded(penalty)
+        skanomaly._tensors.losses.make_gaussian_filter = lambda *arguments: (
+            self._recorded(make_filter(*arguments))
         )
         try:
             yield self.calls
         finally:
-            skanomaly.descargan.gradient_penalty = penalty
-            skanomaly.losses.make_gaussian_filter = make_filter
+            skanomaly.methods.descargan.gradient_penalty = penalty
+            skanomaly._tensors.losses.make_gaussian_filter = make_filter
             for handle in handles:
                 handle.remove()
 
@@ -266,7 +266,9 @@ def trains(module):
 def is_filter(function):
     """Return whether a recorded call is neither a network's nor has one in it."""
     is_network = isinstance(function, torch.nn.Module)
-    return not is_network and function is not skanomaly.descargan.gradient_penalty
+    return (
+        not is_network and function is not skanomaly.methods.descargan.gradient_penalty
+    )
 
 
 def keep(value):

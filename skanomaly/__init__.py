@@ -1,21 +1,21 @@
 """Scikit-learn-compatible estimators for visual anomaly detection."""
 
-from .autoencoder import Autoencoder, VariationalAutoencoder
 from .backbones import BackboneFeatures
 from .calibration import ThresholdCalibrator
-from .descargan import DeScarGAN
-from .differnet import DifferNet
-from .draem import DRAEM
 from .images import CenterCropImages, LoadImages, ResizeImages, ToDevice
-from .intra import InTra
-from .memae import MemAE
-from .mnad import MNAD
+from .methods.autoencoder import Autoencoder, VariationalAutoencoder
+from .methods.descargan import DeScarGAN
+from .methods.differnet import DifferNet
+from .methods.draem import DRAEM
+from .methods.intra import InTra
+from .methods.memae import MemAE
+from .methods.mnad import MNAD
+from .methods.pnet import PNet
+from .methods.riad import RIAD
+from .methods.scadn import SCADN
+from .methods.smai import SMAI
+from .methods.spade import SPADE
 from .pipeline import Pipeline, localize, make_pipeline
-from .pnet import PNet
-from .riad import RIAD
-from .scadn import SCADN
-from .smai import SMAI
-from .spade import SPADE
 from .version import __version__ as __version__
 
 __all__ = [

@@ -16,10 +16,10 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from ._fitting.loop import autocast
+from ._fitting.persistence import PersistentNetwork, network_to_arrays, plain_parameters
+from ._fitting.progress import replacing
 from .base import ImageBatches, check_images, resolve_device, seeded
-from .checkpoint import replacing
-from .persistence import PersistentNetwork, network_to_arrays, plain_parameters
-from .training import autocast
 
 __all__ = ["Backbone", "BackboneFeatures"]
 

@@ -17,10 +17,10 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from .checkpoint import Checkpoint, content_checksum
-from .persistence import PersistentNetwork, channels_last, plain_parameters
-from .processes import Processes
-from .training import autocast, seeded, train
+from ._fitting.loop import autocast, seeded, train
+from ._fitting.persistence import PersistentNetwork, channels_last, plain_parameters
+from ._fitting.processes import Processes
+from ._fitting.progress import Checkpoint, content_checksum
 
 BYTE_LIKE = 100
 

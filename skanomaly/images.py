@@ -19,8 +19,8 @@ from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
+from ._fitting.progress import replacing
 from .base import check_images, resolve_device
-from .checkpoint import replacing
 
 __all__ = ["CenterCropImages", "LoadImages", "ResizeImages", "ToDevice"]
 

@@ -9,15 +9,15 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ._fitting.loop import seeded
+from ._fitting.progress import replacing
 from .base import BaseDetector
 from .calibration import ThresholdCalibrator
-from .checkpoint import replacing
-from .descargan import DeScarGAN
-from .differnet import DifferNet
-from .mnad import MNAD
-from .smai import SMAI
-from .spade import SPADE
-from .training import seeded
+from .methods.descargan import DeScarGAN
+from .methods.differnet import DifferNet
+from .methods.mnad import MNAD
+from .methods.smai import SMAI
+from .methods.spade import SPADE
 
 __all__ = ["export"]
 

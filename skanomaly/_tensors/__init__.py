@@ -1,0 +1,1 @@
+"""Functions and networks on tensors, which know neither NumPy nor scikit-learn."""

@@ -1,0 +1,257 @@
+"""Nearest neighbours among many vectors, exactly and in bounded memory."""
+
+import contextlib
+import warnings
+
+import numpy as np
+import torch
+
+from .filters import full_precision
+
+# queries and gallery rows whose products stay in a processor's cache
+QUERY_CHUNK = 512
+TILE = 1024
+GROUP = 16
+SPARE_GROUPS = 3
+# values of prepared gallery rows, and of neighbours gathered at a time
+BLOCK_VALUES = 2**21
+GATHERED_VALUES = 2**18
+N_CANDIDATES = 10
+RECALL_SAMPLE = 500
+MIN_RECALL = 0.95
+
+
+@full_precision
+def nearest_distances(queries, gallery, *, n_neighbors=1):
+    """Find the Euclidean distances to the nearest rows of a gallery.
+
+    Parameters
+    ----------
+    queries : torch.Tensor of shape (n_queries, c)
+        Vectors whose neighbours are sought.
+    gallery : torch.Tensor of shape (n_gallery, c)
+        Vectors among which they are sought.
+    n_neighbors : int, default=1
+        Number of neighbours, at most ``n_gallery``.
+
+    Returns
+    -------
+    distances : torch.Tensor of shape (n_queries, n_neighbors)
+        Distances in ascending order, computed from differences: equal vectors have the
+        distance 0.
+    indices : torch.Tensor of shape (n_queries, n_neighbors)
+        Rows of the gallery.
+
+    Notes
+    -----
+    A matrix product of queries and gallery, both centred at the gallery's mean, gives
+    the squared distances up to rounding, tile by tile. Of every group of 16 gallery
+    rows only the smallest is kept. The ``n_neighbors`` nearest rows lie in as many
+    groups; three groups more are kept against rounding, and within these groups all
+    distances are computed from differences. Only where rows of more than three other
+    groups are as near, up to the rounding of the product, one of them may come out
+    instead.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skanomaly._tensors.neighbors import nearest_distances
+    >>> gallery = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    >>> nearest_distances(torch.tensor([[0.0, 1.0]]), gallery)
+    (tensor([[1.]]), tensor([[0]]))
+    """
+    n_groups = n_neighbors + SPARE_GROUPS
+    if len(gallery) <= n_groups * GROUP:
+        firsts = torch.zeros_like(queries[:, :1], dtype=torch.int64)
+        members = torch.arange(len(gallery), device=queries.device)
+    else:
+        firsts = _nearest_groups(queries, gallery, n_groups)
+        members = TILE // GROUP * torch.arange(GROUP, device=queries.device)
+    n_together = on_device(QUERY_CHUNK, queries)
+    found = [
+        rank_candidates(
+            chunk, gallery, (own[:, :, None] + members).flatten(1), n_neighbors
+        )
+        for chunk, own in zip(
+            queries.split(n_together), firsts.split(n_together), strict=True
+        )
+    ]
+    distances, indices = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def on_device(number, like):
+    """Return how much to do at a time: more on a GPU, which has no such caches."""
+    return number if like.device.type == "cpu" else 16 * number
+
+
+def _nearest_groups(queries, gallery, n_groups):
+    """Return the first rows (n_queries, n_groups) of the nearest groups of each query.
+
+    A tile is folded into GROUP layers; rows that come to lie on each other are a group.
+    The gallery has more than n_groups * GROUP rows.
+    """
+    n_columns = TILE // GROUP
+    n_rows = TILE * max(1, BLOCK_VALUES // (TILE * gallery.shape[1]))
+    center = gallery.mean(dim=0)
+    extended = torch.cat([queries - center, -torch.ones_like(queries[:, :1])], dim=1)
+    best = queries.new_full((len(queries), n_groups), -torch.inf)
+    groups = torch.zeros_like(best, dtype=torch.int64)
+    n_together = on_device(QUERY_CHUNK, queries)
+    chunks = [part.split(n_together) for part in (extended, best, groups)]
+    columns = torch.arange(n_columns, device=queries.device)
+    block = extended.new_empty(min(n_rows, len(gallery)), extended.shape[1])
+    for start in range(0, len(gallery), n_rows):
+        rows = gallery[start : start + n_rows]
+        block = block[: len(rows)]
+        torch.sub(rows, center, out=block[:, :-1])
+        block[:, -1] = torch.linalg.vector_norm(block[:, :-1], dim=1) ** 2 / 2
+        tiles = block.split(TILE)
+        firsts = torch.cat([start + TILE * i + columns for i in range(len(tiles))])
+        for chunk, chunk_best, chunk_groups in zip(*chunks, strict=True):
+            maxima = _group_maxima(chunk, tiles)
+            own, kept = maxima.topk(min(n_groups, maxima.shape[1]))
+            both = torch.cat([chunk_groups, firsts[kept]], dim=1)
+            chunk_best[:], kept = torch.cat([chunk_best, own], dim=1).topk(n_groups)
+            chunk_groups[:] = both.gather(1, kept)
+    return groups
+
+
+def _group_maxima(queries, tiles):
+    """Return the greatest product (n_queries, n_groups) of queries with each group."""
+    n_columns = TILE // GROUP
+    maxima = queries.new_empty(len(queries), len(tiles) * n_columns)
+    products = queries.new_empty(len(queries), TILE)
+    parts = maxima.split(n_columns, dim=1)
+    for tile, part in zip(tiles, parts, strict=True):
+        # half the squared norm of the query less half the squared distance
+        torch.mm(queries, tile.T, out=products[:, : len(tile)])
+        if len(tile) < TILE:
+            products[:, len(tile) :] = -torch.inf
+        torch.amax(products.view(-1, GROUP, n_columns), dim=1, out=part)
+    return maxima
+
+
+def rank_candidates(queries, gallery, candidates, n_neighbors):
+    """Find the nearest of some candidates by their exact distances.
+
+    Parameters
+    ----------
+    queries : torch.Tensor of shape (n_queries, c)
+        Vectors whose neighbours are sought.
+    gallery : torch.Tensor of shape (n_gallery, c)
+        Vectors among which they are sought.
+    candidates : torch.Tensor of shape (n_queries, n_candidates)
+        Rows of the gallery to choose from; those past its end are passed over.
+    n_neighbors : int
+        Number of neighbours.
+
+    Returns
+    -------
+    distances, indices : torch.Tensor of shape (n_queries, n_neighbors)
+        Distances in ascending order and rows of the gallery.
+    """
+    distances = []
+    n_values = candidates.shape[1] * gallery.shape[1]
+    n_together = max(1, on_device(GATHERED_VALUES, queries) // n_values)
+    for chunk, chosen in zip(
+        queries.split(n_together), candidates.split(n_together), strict=True
+    ):
+        known = chosen.clamp(max=len(gallery) - 1).to(gallery.device)
+        # half the time of gallery[known] on a processor
+        neighbors = gallery.index_select(0, known.flatten()).to(queries.device)
+        neighbors = neighbors.view(*known.shape, gallery.shape[1])
+        found = torch.linalg.vector_norm(neighbors.sub_(chunk[:, None]), dim=2)
+        distances.append(found.masked_fill_(chosen >= len(gallery), torch.inf))
+    distances, kept = torch.cat(distances).topk(n_neighbors, largest=False)
+    return distances, candidates.gather(1, kept)
+
+
+@contextlib.contextmanager
+def _torch_threads_kept():
+    """Undo that numba, where it uses OpenMP, sets the number of threads for torch."""
+    n_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+class ApproximateIndex:
+    """Approximate nearest neighbours by pynndescent, re-ranked exactly.
+
+    Parameters
+    ----------
+    gallery : numpy.ndarray of shape (n_gallery, c)
+        Vectors among which neighbours are sought; not copied.
+    random_state : int
+        Seed of the index and of the sample that measures its recall.
+
+    Attributes
+    ----------
+    recall_ : float
+        Share of the nearest other rows that the index finds, for a sample of the
+        gallery's rows.
+
+    Warns
+    -----
+    UserWarning
+        If the recall is below 0.95.
+
+    References
+    ----------
+    W. Dong, C. Moses, K. Li. "Efficient k-nearest neighbor graph construction for
+    generic similarity measures". WWW 2011.
+    """
+
+    def __init__(self, gallery, random_state):
+        from pynndescent import NNDescent
+
+        self.gallery = gallery
+        with _torch_threads_kept():
+            self.index = NNDescent(gallery, random_state=random_state)
+            self.index.prepare()
+        self.recall_ = self._measure_recall(np.random.default_rng(random_state))
+        if self.recall_ < MIN_RECALL:
+            warnings.warn(
+                f"The approximate search finds {self.recall_:.1%} of the nearest "
+                f"neighbours, less than {MIN_RECALL:.0%}. algorithm='brute' finds all.",
+                stacklevel=2,
+            )
+
+    def search(self, queries, n_neighbors):
+        """Find near neighbours.
+
+        Parameters
+        ----------
+        queries : torch.Tensor of shape (n_queries, c)
+            Vectors whose neighbours are sought.
+        n_neighbors : int
+            Number of neighbours.
+
+        Returns
+        -------
+        distances, indices : torch.Tensor of shape (n_queries, n_neighbors)
+            Exact distances of the neighbours found, in ascending order, and their rows.
+        """
+        n_candidates = min(max(N_CANDIDATES, 2 * n_neighbors), len(self.gallery))
+        with _torch_threads_kept():
+            found, _ = self.index.query(queries.cpu().numpy(), k=n_candidates)
+        candidates = torch.from_numpy(found.astype(np.int64))
+        candidates[candidates < 0] = len(self.gallery)
+        return rank_candidates(
+            queries,
+            torch.from_numpy(self.gallery),
+            candidates.to(queries.device),
+            n_neighbors,
+        )
+
+    def _measure_recall(self, rng):
+        n_sampled = min(RECALL_SAMPLE, len(self.gallery))
+        sample = rng.choice(len(self.gallery), n_sampled, replace=False)
+        queries = torch.from_numpy(self.gallery[sample])
+        gallery = torch.from_numpy(self.gallery)
+        # the nearest row is the sampled one itself
+        exact, _ = nearest_distances(queries, gallery, n_neighbors=2)
+        found, _ = self.search(queries, 2)
+        return float((found[:, 1] <= exact[:, 1]).float().mean())

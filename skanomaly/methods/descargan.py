@@ -1,0 +1,509 @@
+"""DeScarGAN: disease-specific anomaly detection (Wolleb et al., MICCAI 2020).
+
+From healthy and diseased images, told apart by labels only, a generator learns to turn
+any image into a healthy and into a diseased version of itself, against a critic of each
+class. What must change to make an image look healthy is what is anomalous in it.
+"""
+
+import math
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from .._tensors.losses import gradient_penalty
+from .._tensors.networks import instance_norm, pad_to_multiple
+from ..base import ImageBatches, NetworkDetector, check_labels
+
+MAX_GRADIENT_NORM = 10.0
+
+
+def _unit(wide, narrow):
+    convolution = nn.Conv2d(wide, narrow, 3, padding=1)
+    return [convolution, instance_norm(narrow), nn.ReLU(inplace=True)]
+
+
+def _initialise(network, draw_weights):
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            draw_weights(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class TwoHeadedGenerator(nn.Module):
+    """U-Net without its topmost skip, with a healthy and a diseased head."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        sides = [width, 2 * width, 4 * width, 8 * width]
+        self.down = nn.ModuleList(
+            nn.Sequential(*_unit(wide, narrow), *_unit(narrow, narrow))
+            for wide, narrow in zip([channels, *sides[:-1]], sides, strict=True)
+        )
+        self.up = nn.ModuleList(
+            nn.Sequential(nn.Upsample(scale_factor=2), *_unit(2 * side, side))
+            for side in sides[-2::-1]
+        )
+        self.merge = nn.ModuleList(
+            nn.Sequential(*_unit(2 * side, side), *_unit(side, side))
+            for side in sides[-2:0:-1]
+        )
+        self.healthy, self.diseased = (
+            nn.Sequential(
+                *_unit(width, width),
+                nn.Conv2d(width, channels, 3, padding=1),
+                nn.Tanh(),
+            )
+            for _ in range(2)
+        )
+        _initialise(self, nn.init.kaiming_normal_)
+
+    def forward(self, images):
+        """Return the healthy and the diseased version (b, c, h, w), in [-1, 1]."""
+        height, width = images.shape[-2:]
+        features = self.down[0](pad_to_multiple(images, 8, minimum=16))
+        skips = []
+        for block in self.down[1:]:
+            features = block(F.max_pool2d(features, 2))
+            skips.append(features)
+        skips.pop()
+        for up, merge in zip(self.up, self.merge, strict=False):
+            features = merge(torch.cat([up(features), skips.pop()], dim=1))
+        features = self.up[-1](features)
+        return tuple(
+            head(features)[..., :height, :width]
+            for head in (self.healthy, self.diseased)
+        )
+
+
+class ThreeHeadedCritic(nn.Module):
+    """Critics of healthy and of diseased images, and a classifier, on one trunk.
+
+    Parameters
+    ----------
+    channels : int
+        Number of channels of the images.
+    width : int
+        Number of channels of the first layer; the heads have up to 16 times as many.
+    n_pools : int
+        Number of halvings of the images, from 1 to 5.
+    """
+
+    def __init__(self, channels, width, n_pools):
+        super().__init__()
+        stages = [
+            [width],
+            [2 * width],
+            [4 * width, 4 * width],
+            [8 * width, 8 * width],
+            [8 * width, 8 * width],
+        ][:n_pools]
+        self.stride = 2**n_pools
+        layers, wide = [], channels
+        for stage in stages:
+            for narrow in stage:
+                layers += _plain_unit(wide, narrow)
+                wide = narrow
+            layers.append(nn.MaxPool2d(2))
+        self.trunk = nn.Sequential(*layers, *_plain_unit(wide, 2 * wide))
+        wide = 2 * wide
+        self.healthy, self.diseased = (
+            nn.Sequential(
+                *_plain_unit(wide, wide),
+                *_plain_unit(wide, wide),
+                nn.Conv2d(wide, 1, 1),
+            )
+            for _ in range(2)
+        )
+        self.classifier = nn.Sequential(
+            *_plain_unit(wide, wide),
+            *_plain_unit(wide, wide),
+            nn.AdaptiveMaxPool2d(4),
+            nn.Flatten(),
+            nn.Linear(16 * wide, 64),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.1),
+            nn.Linear(64, 2),
+        )
+        _initialise(self, nn.init.xavier_normal_)
+
+    def forward(self, images):
+        """Return features that all heads take."""
+        return self.trunk(pad_to_multiple(images, self.stride))
+
+
+def _plain_unit(wide, narrow):
+    return [nn.Conv2d(wide, narrow, 3, padding=1), nn.ReLU(inplace=True)]
+
+
+class DeScarGAN(NetworkDetector):
+    """DeScarGAN: make an image look healthy and see what changes.
+
+    The only method here that learns from anomalous images, too, by a label for each
+    image. A generator learns to make healthy and diseased versions of images; a map is
+    the difference between an image and its healthy version.
+
+    Parameters
+    ----------
+    n_critic : int, default=5
+        Number of steps of the critic for each of the generator.
+    width : int, default=64
+        Number of channels of the generator's first layer; the inner layers have eight
+        times as many.
+    critic_width : int, default=32
+        Number of channels of the critic's first layer.
+    cycle_weight, identity_weight : float, default=50.0
+        Weights of the squared differences between an image and what the generator makes
+        of its version of the other class, and of its own class.
+    penalty_weight : float, default=10.0
+        Weight of the gradient penalty of the critics.
+    noise : float, default=0.05
+        Largest value of the uniform noise that is added to training images.
+    flip : bool, default=True
+        Whether training images are mirrored left to right with probability one half.
+    image_score : {"classifier", "map"}, default="classifier"
+        Score of an image: the probability of the diseased class, or the mean of its
+        map.
+    image_shape : tuple of int, default=None
+        Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
+        features for a square grey image, any other number for an image of one line.
+    max_epochs : int, default=500
+        Largest number of passes over the training images.
+    learning_rate : float, default=1e-4
+        Learning rate of Adam.
+    batch_size : int, default=10
+        Number of images a batch, in training and in prediction.
+    validation_fraction : float, default=0.1
+        Share of the training images that is held out if there is an early stop.
+    n_iter_no_change : int or None, default=None
+        Stop after so many epochs without a lower loss of the images held out, and go
+        back to the weights of the lowest. None trains all epochs on all images.
+    contamination : float, default=0.01
+        Share of the healthy training images that ``predict`` is to call anomalous.
+    precision : {"float32", "bfloat16"}, default="float32"
+        Precision of the network; the losses are always computed in float32.
+    device : str, default="auto"
+        Torch device. "auto" takes that of X if it is a tensor, else a GPU if there is
+        one.
+    random_state : int, RandomState instance or None, default=None
+        Seed of the initial weights, the order of the images and the noise.
+    warm_start : bool, default=False
+        Whether a second fit continues the training of the first.
+    checkpoint : str or path-like, default=None
+        File to which the training writes its progress. A fit that was killed goes on
+        from it if it is started again with the same parameters and images, and ends as
+        if it had not been. A fit that comes to its end removes the file.
+    checkpoint_every : int, default=10
+        Number of epochs between two writings of the file.
+    verbose : int, default=0
+        Whether to show a progress bar.
+
+    Attributes
+    ----------
+    network_ : torch.nn.ModuleDict
+        The trained generator and critic.
+    loss_curve_ : list of float
+        Mean training loss of every epoch.
+    validation_curve_ : list of float
+        Validation loss of every epoch; empty without an early stop.
+    n_iter_ : int
+        Number of epochs trained.
+    offset_ : float
+        Threshold of ``score_samples`` below which ``predict`` calls an image anomalous.
+    map_threshold_ : float
+        Threshold of the maps above which ``segment`` marks a pixel.
+    image_shape_ : tuple of int
+        Shape (H, W, C) of the images.
+    n_features_in_ : int
+        H * W * C.
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
+        Names of the columns; only where X was a data frame of rows.
+
+    See Also
+    --------
+    PNet : Needs healthy images only.
+
+    Notes
+    -----
+    Departures from the paper and its code:
+
+    - The generator sees no label, as in the figure of the paper; one pass makes both
+      versions. It has instance normalisation, which is what the code's batch
+      normalisation of single images does when it scores, and none before the last
+      hyperbolic tangent. These are 1,152 and 4 parameters less.
+    - The penalty is that of the mean over the patches, which the code sums, so that it
+      does not depend on the size of the images. It stands outside the weight of the
+      critics' loss, as in the code.
+    - Patches are as many as in the figure; the code pads them.
+    - In each batch, which is drawn from all images, both classes count alike in the
+      losses on real images, in cycle and in identity, however many images they have.
+      Versions count as often as they are made, as in the code.
+    - The generator's first step comes with the critic's first.
+    - Maps are differences of grey levels as they are; the code scales both images to
+      the same range first.
+    - Images are flipped from left to right only; the code flips them upside down, too,
+      although bodies have an up.
+    - Thresholds come from the healthy training images.
+    - The critic halves the image until its shorter side is about 8 pixels, up to five
+      times; for 256 pixels it is that of the paper. Images are padded by replication.
+
+    On a processor, images of 64 pixels, ``width=12``, ``critic_width=12``,
+    ``n_critic=2``, ``batch_size=8`` and ``learning_rate=5e-4`` are a good start.
+
+    References
+    ----------
+    J. Wolleb, R. Sandkühler, P. Cattin. "DeScarGAN: disease-specific anomaly detection
+    with weak supervision". MICCAI 2020. arXiv 2007.14118.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skanomaly import DeScarGAN
+    >>> X = np.random.default_rng(0).uniform(size=(8, 32, 32, 1))
+    >>> y = [1, 1, 1, 1, -1, -1, -1, -1]
+    >>> detector = DeScarGAN(width=4, critic_width=4, n_critic=1, max_epochs=2)
+    >>> detector.fit(X, y).transform_to_healthy(X[:2]).shape
+    (2, 32, 32, 1)
+    """
+
+    _parameter_constraints = {
+        **NetworkDetector._parameter_constraints,
+        "n_critic": [Interval(Integral, 1, None, closed="left")],
+        "width": [Interval(Integral, 1, None, closed="left")],
+        "critic_width": [Interval(Integral, 1, None, closed="left")],
+        "cycle_weight": [Interval(Real, 0, None, closed="left")],
+        "identity_weight": [Interval(Real, 0, None, closed="left")],
+        "penalty_weight": [Interval(Real, 0, None, closed="left")],
+        "noise": [Interval(Real, 0, None, closed="left")],
+        "flip": ["boolean"],
+        "image_score": [StrOptions({"classifier", "map"})],
+    }
+
+    def __init__(
+        self,
+        *,
+        n_critic=5,
+        width=64,
+        critic_width=32,
+        cycle_weight=50.0,
+        identity_weight=50.0,
+        penalty_weight=10.0,
+        noise=0.05,
+        flip=True,
+        image_score="classifier",
+        image_shape=None,
+        max_epochs=500,
+        learning_rate=1e-4,
+        batch_size=10,
+        validation_fraction=0.1,
+        n_iter_no_change=None,
+        contamination=0.01,
+        precision="float32",
+        device="auto",
+        random_state=None,
+        warm_start=False,
+        checkpoint=None,
+        checkpoint_every=10,
+        verbose=0,
+    ):
+        self.n_critic = n_critic
+        self.width = width
+        self.critic_width = critic_width
+        self.cycle_weight = cycle_weight
+        self.identity_weight = identity_weight
+        self.penalty_weight = penalty_weight
+        self.noise = noise
+        self.flip = flip
+        self.image_score = image_score
+        self.image_shape = image_shape
+        self.max_epochs = max_epochs
+        self.learning_rate = learning_rate
+        self.batch_size = batch_size
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.contamination = contamination
+        self.precision = precision
+        self.device = device
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
+        self.verbose = verbose
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        return tags
+
+    def transform_to_healthy(self, X):
+        """Return what images would look like if they were healthy.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images of the shape seen in fit.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n, H, W, C)
+            Healthy versions, float32 in [0, 1].
+        """
+        check_is_fitted(self)
+        images = self._images(X)
+        result = np.empty((len(images), *self.image_shape_), np.float32)
+        for rows, healthy in self._in_batches(images, self._make_healthy):
+            result[rows] = healthy.permute(0, 2, 3, 1).cpu().numpy()
+        return result
+
+    def _build_network(self):
+        *size, channels = self.image_shape_
+        n_pools = min(5, max(1, round(math.log2(min(size) / 8))))
+        return nn.ModuleDict(
+            {
+                "generator": TwoHeadedGenerator(channels, self.width),
+                "critic": ThreeHeadedCritic(channels, self.critic_width, n_pools),
+            }
+        )
+
+    def _optimizer(self, part):
+        parameters = list(part.parameters())
+        optimizer = torch.optim.Adam(
+            parameters, lr=self.learning_rate, betas=(0.5, 0.999), fused=True
+        )
+
+        def clip_gradients(*_):
+            nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+
+        optimizer.register_step_pre_hook(clip_gradients)
+        return optimizer
+
+    def _check_y(self, y, n_samples):
+        if y is None:
+            raise ValueError(
+                "DeScarGAN learns from healthy and diseased images and requires y to "
+                "be passed, but the target y is None. Labels are +1 for healthy and -1 "
+                "for diseased images."
+            )
+        y = np.asarray(y)
+        values = np.unique(y)
+        if y.ndim != 3 and not np.isin(values, (-1, 1)).all():
+            raise ValueError(
+                "y must hold +1 for healthy and -1 for diseased images, but holds "
+                f"{values[:5].tolist()}. Convert labels with 1 for diseased images by "
+                "np.where(y == 1, -1, 1)."
+            )
+        labels = check_labels(y, n_samples)
+        if len(np.unique(labels)) < 2:
+            raise ValueError(
+                "y must hold both healthy (+1) and diseased (-1) images, but all "
+                f"{n_samples} are {labels[0]:+d}."
+            )
+        return labels
+
+    def _training_images(self, X, labels):
+        images, _ = super()._training_images(X, None)
+        return images, labels
+
+    def _fit(self, images, labels):
+        super()._fit(images, labels)
+        self._healthy_rows = np.flatnonzero(labels == 1)
+
+    def _set_thresholds(self, images):
+        rows = self.__dict__.pop("_healthy_rows")
+        super()._set_thresholds(ImageBatches(images.array, images.device, rows))
+
+    def _losses(self, network, batch):
+        generator, critic = network["generator"], network["critic"]
+        healthy = (batch.labels == 1).to(batch.images.device)
+        weights = _class_weights(healthy)
+        images = 2 * batch.images - 1
+        if self.flip:
+            mirrored = torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
+        # the same noise on real and generated images tells the critics nothing
+        noise = self.noise * torch.rand(images.shape).to(images.device)
+        images = images + noise
+        trains_generator = batch.step % self.n_critic == 0
+        with torch.set_grad_enabled(trains_generator):
+            made = [version + noise for version in generator(images)]
+
+        features = critic(images)
+        loss = 5 * _classification_loss(critic, features, healthy, weights)
+        for head, own, version in (
+            (critic.healthy, healthy, made[0]),
+            (critic.diseased, ~healthy, made[1]),
+        ):
+            fake = version.detach()
+            on_real = (_scores(head, features) * weights)[own].sum()
+            on_fake = _scores(head, critic(fake)).mean() * weights[own].sum()
+            penalty = gradient_penalty(
+                lambda points, head=head: head(critic(points)), images, fake
+            )
+            loss = loss + 20 * (on_fake - on_real) + self.penalty_weight * penalty
+        yield critic, loss
+
+        if not trains_generator:
+            return
+        is_healthy = healthy[:, None, None, None]
+        own = torch.where(is_healthy, *made)
+        other = torch.where(is_healthy, *reversed(made))
+        back = torch.where(is_healthy, *generator(other)) + noise
+        loss = self.identity_weight * _sum_of_class_errors(own, images, healthy)
+        loss = loss + self.cycle_weight * _sum_of_class_errors(back, images, healthy)
+        for head, version, is_target in zip(
+            (critic.healthy, critic.diseased), made, (True, False), strict=True
+        ):
+            features = critic(version)
+            target = torch.full_like(healthy, is_target)
+            loss = loss - _scores(head, features).mean()
+            loss = loss + _classification_loss(critic, features, target, None)
+        yield generator, loss
+
+    def _make_healthy(self, images):
+        """Return the healthy versions of images, values in [0, 1]."""
+        healthy, _ = self.network_["generator"](2 * images - 1)
+        return (healthy.float() + 1) / 2
+
+    def _anomaly_maps(self, images):
+        return (images - self._make_healthy(images)).abs().mean(dim=1)
+
+    @property
+    def _scores_need_maps(self):
+        return self.image_score == "map"
+
+    def _anomaly_scores(self, images, maps):
+        if self.image_score == "map":
+            return maps.mean(dim=(1, 2))
+        critic = self.network_["critic"]
+        logits = critic.classifier(critic(2 * images - 1))
+        return logits.float().softmax(dim=1)[:, 1]
+
+
+def _class_weights(healthy):
+    """Return weights that give each class of a batch the same sum, 1 / 2."""
+    counts = torch.where(healthy, healthy.sum(), (~healthy).sum())
+    n_classes = 1 + (healthy.any() & ~healthy.all()).int()
+    return 1 / (n_classes * counts)
+
+
+def _scores(head, features):
+    """Return a critic's mean score of each image: (b,)."""
+    return head(features).float().flatten(1).mean(dim=1)
+
+
+def _classification_loss(critic, features, healthy, weights):
+    """Return the cross-entropy against healthy (class 0) or diseased (class 1)."""
+    losses = F.cross_entropy(
+        critic.classifier(features).float(), (~healthy).long(), reduction="none"
+    )
+    return losses.mean() if weights is None else (losses * weights).sum()
+
+
+def _sum_of_class_errors(images, targets, healthy):
+    """Return the mean squared error of healthy images plus that of diseased ones."""
+    errors = (images.float() - targets).square().flatten(1).mean(dim=1)
+    return (errors / torch.where(healthy, healthy.sum(), (~healthy).sum())).sum()

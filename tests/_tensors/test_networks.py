@@ -1,0 +1,63 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from skanomaly._tensors.networks import (
+    ConvUnit,
+    conv_block,
+    instance_norm,
+    pad_to_multiple,
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "padded"),
+    [
+        ((32, 64), (32, 64)),
+        ((33, 47), (64, 64)),
+        ((1, 2), (32, 32)),
+        ((31, 32), (32, 32)),
+    ],
+)
+def test_padding_repeats_the_last_pixels(size, padded):
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    result = pad_to_multiple(images, 32)
+    assert result.shape == (2, 3, *padded)
+    height, width = size
+    rows = torch.arange(padded[0]).clamp(max=height - 1)
+    columns = torch.arange(padded[1]).clamp(max=width - 1)
+    assert torch.equal(result, images[..., rows, :][..., columns])
+
+
+def test_a_unit_convolves_normalises_and_rectifies():
+    torch.manual_seed(0)
+    unit = ConvUnit(2, 64)
+    images = torch.rand(4, 2, 6, 6)
+    result = unit(images)
+    convolved = F.conv2d(images, unit[0].weight, unit[0].bias, padding=1)
+    mean = convolved.mean(dim=(0, 2, 3), keepdim=True)
+    deviation = (convolved.var(dim=(0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    normalised = (convolved - mean) / deviation * unit[1].weight.view(1, -1, 1, 1)
+    torch.testing.assert_close(result, normalised.clamp(min=0))
+
+
+def test_a_block_has_two_units_and_the_initial_weights_of_the_paper():
+    torch.manual_seed(0)
+    first, second = conv_block(64, 128)
+    assert (first[0].in_channels, first[0].out_channels) == (64, 128)
+    assert (second[0].in_channels, second[0].out_channels) == (128, 128)
+    for convolution, normalisation, _ in (first, second):
+        assert convolution.weight.mean().item() == pytest.approx(0.0, abs=5e-4)
+        assert convolution.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert normalisation.weight.mean().item() == pytest.approx(1.0, abs=0.01)
+        assert normalisation.weight.std().item() == pytest.approx(0.02, rel=0.3)
+        assert not normalisation.bias.any()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_instance_norm_is_that_of_torch(affine, layout):
+    features = torch.randn(3, 5, 8, 6).contiguous(memory_format=layout)
+    expected = torch.nn.InstanceNorm2d(5)(features)
+    found = instance_norm(5, affine=affine)(features)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
