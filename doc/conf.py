@@ -22,6 +22,7 @@ default_role = "py:obj"
 
 autosummary_generate = True
 numpydoc_show_class_members = False
+autodoc_typehints = "none"  # docstrings name types, and ArrayLike fills lines
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
