@@ -38,12 +38,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import skanomaly
-import skanomaly._tensors.losses
 import skanomaly.base
-import skanomaly.methods.descargan
-from skanomaly._fitting.loop import Batch, _descend, _in_precision
+from skanomaly._fitting.batches import resolve_device
+from skanomaly._fitting.loop import _descend, _in_precision, autocast, seeded_generator
+from skanomaly._tensors import losses
 from skanomaly._tensors.neighbors import QUERY_CHUNK, TILE, on_device
-from skanomaly.base import resolve_device
+from skanomaly.methods import descargan
 from skanomaly.metrics import localization_scores
 
 BRIEF = {"max_epochs": 1, "n_iter_no_change": None}
@@ -225,17 +225,17 @@ class Recorder:
             )
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         # of a gradient penalty the backward pass is part of the forward pass
-        penalty = skanomaly.methods.descargan.gradient_penalty
-        make_filter = skanomaly._tensors.losses.make_gaussian_filter
-        skanomaly.methods.descargan.gradient_penalty = self._recorded(penalty)
-        skanomaly._tensors.losses.make_gaussian_filter = lambda *arguments: (
-            self._recorded(make_filter(*arguments))
+        penalty = descargan.gradient_penalty
+        make_filter = losses.make_gaussian_filter
+        descargan.gradient_penalty = self._recorded(penalty)
+        losses.make_gaussian_filter = lambda *arguments: self._recorded(
+            make_filter(*arguments)
         )
         try:
             yield self.calls
         finally:
-            skanomaly.methods.descargan.gradient_penalty = penalty
-            skanomaly._tensors.losses.make_gaussian_filter = make_filter
+            descargan.gradient_penalty = penalty
+            losses.make_gaussian_filter = make_filter
             for handle in handles:
                 handle.remove()
 
@@ -248,10 +248,10 @@ class Recorder:
         self.depth -= 1
 
     def _recorded(self, function):
-        def recorded(*arguments):
-            self._enter(function, arguments, {})
+        def recorded(*arguments, **named):
+            self._enter(function, arguments, named)
             try:
-                return function(*arguments)
+                return function(*arguments, **named)
             finally:
                 self.depth -= 1
 
@@ -266,9 +266,7 @@ def trains(module):
 def is_filter(function):
     """Return whether a recorded call is neither a network's nor has one in it."""
     is_network = isinstance(function, torch.nn.Module)
-    return (
-        not is_network and function is not skanomaly.methods.descargan.gradient_penalty
-    )
+    return not is_network and function is not descargan.gradient_penalty
 
 
 def keep(value):
@@ -297,27 +295,24 @@ class Training:
     """One training step of a fitted detector, and the bare passes in it."""
 
     def __init__(self, detector, X, y):
-        captured, during_fit = {}, {}
+        captured = {}
         train = skanomaly.base.train
 
-        def capture(network, images, labels=None, **settings):
-            captured.update(settings, images=images, labels=labels)
-            completed = train(network, images, labels, **settings)
-            during_fit.update(vars(detector))
-            return completed
+        def capture(network, samples, **settings):
+            captured.update(settings, samples=samples)
+            return train(network, samples, **settings)
 
         skanomaly.base.train = capture
         try:
             detector.fit(X, y)
         finally:
             skanomaly.base.train = train
-        # what the losses read and the fit has tidied up
-        vars(detector).update({**during_fit, **vars(detector)})
         self.network = detector.network_
-        self.images, self.labels = captured["images"], captured["labels"]
+        self.samples = captured["samples"]
         self.losses, self.precision = captured["losses"], captured["precision"]
         self.optimizers = captured["optimizers"]
-        self.rows = np.arange(min(detector.batch_size, len(self.images)))
+        self.generator = seeded_generator(0)
+        self.rows = np.arange(min(detector.batch_size, len(self.samples)))
         self.weights = copy.deepcopy(self.network.state_dict())
         # by the optimiser's part, the calls that its loss was computed from
         self.recorded = []
@@ -330,8 +325,7 @@ class Training:
     def full(self, recorder=None):
         """Take a step as the training loop does."""
         self.network.train()
-        labels = None if self.labels is None else self.labels[self.rows]
-        batch = Batch(self.images[self.rows], labels, 0)
+        batch = self.samples.batch(self.rows, 0, self.generator)
         for part, loss in _in_precision(
             self.losses(self.network, batch), batch, self.precision
         ):
@@ -364,7 +358,7 @@ class Training:
                     continue
                 if trains(module) != is_training:
                     module.train(is_training)
-                with skanomaly.base.autocast(next(iter(own)).device, self.precision):
+                with autocast(next(iter(own)).device, self.precision):
                     outputs = module(*arguments, **named)
                 outputs = [t for t in tensors_in(outputs) if t.requires_grad]
                 inputs = [t for t in tensors_in(arguments) if t.requires_grad]
@@ -434,7 +428,7 @@ class Scoring:
         """Replay the passes."""
         with (
             torch.inference_mode(),
-            skanomaly.base.autocast(self.device, self.detector.precision),
+            autocast(self.device, self.detector.precision),
         ):
             for module, arguments, named, _ in self.calls:
                 if filters or not is_filter(module):

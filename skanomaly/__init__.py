@@ -1,4 +1,11 @@
-"""Scikit-learn-compatible estimators for visual anomaly detection."""
+"""Scikit-learn-compatible estimators for visual anomaly detection.
+
+The names below are imported at once; the modules ``backbones``, ``datasets``,
+``display``, ``images``, ``metrics``, ``model_selection``, ``onnx`` and ``pipeline``
+when they are first asked for, as in ``skanomaly.metrics.f1_max``.
+"""
+
+import importlib
 
 from .backbones import BackboneFeatures
 from .calibration import ThresholdCalibrator
@@ -48,3 +55,24 @@ __all__ = [
     "ThresholdCalibrator",
     "localize",
 ]
+
+_MODULES = (
+    "backbones",
+    "datasets",
+    "display",
+    "images",
+    "metrics",
+    "model_selection",
+    "onnx",
+    "pipeline",
+)
+
+
+def __getattr__(name):
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_MODULES})

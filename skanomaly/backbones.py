@@ -2,24 +2,34 @@
 
 import hashlib
 import os
+from collections.abc import Iterable, Mapping
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._fitting.loop import autocast
-from ._fitting.persistence import PersistentNetwork, network_to_arrays, plain_parameters
-from ._fitting.progress import replacing
-from .base import ImageBatches, check_images, resolve_device, seeded
+from ._fitting.batches import ImageBatches, resolve_device
+from ._fitting.files import remove_leftovers, replacing
+from ._fitting.loop import autocast, seeded
+from ._fitting.persistence import (
+    PersistentNetwork,
+    channels_last,
+    network_to_arrays,
+    plain_parameters,
+)
+from ._typing import Self, StrPath, fit_context
+from ._validation import check_images
 
 __all__ = ["Backbone", "BackboneFeatures"]
 
@@ -63,6 +73,9 @@ class Backbone(nn.Module):
     torch.Size([1, 128, 8, 8])
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, name, layers):
         super().__init__()
         import torchvision
@@ -99,7 +112,7 @@ class Backbone(nn.Module):
         self.register_buffer("std", _channels(0.229, 0.224, 0.225))
         self.requires_grad_(False)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute features.
 
         Parameters
@@ -126,7 +139,7 @@ class Backbone(nn.Module):
                 result[stage] = features[..., :rows, :columns].float()
         return {layer: result[layer] for layer in self.layers}
 
-    def load_weights(self, state, source):
+    def load_weights(self, state: Mapping[str, torch.Tensor], source: str) -> None:
         """Load a state dict that was made for the whole network.
 
         Parameters
@@ -174,7 +187,7 @@ def _whole(name):
     return torchvision.models.get_model(name, weights=None)
 
 
-def last_stage(name, layers=()):
+def last_stage(name: str, layers: Iterable[str] = ()) -> str:
     """Return the name of the last module of a torchvision network before its head.
 
     Sequential children that hold one of ``layers`` are opened.
@@ -255,8 +268,14 @@ def _read_weights(path):
     return state
 
 
-def make_backbone(name, layers, weights, device, *, with_last_stage=False):
-    """Build a backbone for inference on a device.
+def make_backbone(
+    name: str,
+    layers: Iterable[str],
+    weights: StrPath | None,
+    *,
+    with_last_stage: bool = False,
+) -> Backbone:
+    """Build a backbone for inference.
 
     Parameters
     ----------
@@ -269,8 +288,6 @@ def make_backbone(name, layers, weights, device, *, with_last_stage=False):
         taken from torch hub's cache; the file of a state dict with torchvision's names,
         ``.pth`` or ``.safetensors``; or None for random weights, drawn from torch's
         generator.
-    device : torch.device
-        Where to compute.
     with_last_stage : bool, default=False
         Whether the network's last stage is wanted too, behind ``layers``, if the
         weights reach so far.
@@ -300,10 +317,10 @@ def make_backbone(name, layers, weights, device, *, with_last_stage=False):
     backbone = Backbone(name, layers)
     if state is not None:
         backbone.load_weights(state, str(weights))
-    return backbone.to(device, memory_format=torch.channels_last).eval()
+    return backbone.eval()
 
 
-def check_channels(estimator):
+def check_channels(estimator: Any) -> None:
     """Refuse images that are neither grey nor RGB.
 
     Parameters
@@ -334,8 +351,8 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
     layers : tuple of str, default=("layer1", "layer2", "layer3")
         Layers whose outputs are taken.
     weights : str, path or None, default="imagenet"
-        "imagenet" for torchvision's weights, the file of a state dict (``.pth``,
-        ``.safetensors``), or None for random weights.
+        "imagenet" for torchvision's weights, downloaded at the first fit; the file of a
+        state dict (``.pth``, ``.safetensors``); None for random weights.
     pool : bool, default=False
         Whether to average each layer over all positions, which gives rows that any
         scikit-learn estimator takes.
@@ -431,8 +448,8 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         tags.transformer_tags.preserves_dtype = ["float32"] if self.pool else []
         return tags
 
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None):
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Self:
         """Load the backbone.
 
         Parameters
@@ -450,13 +467,12 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         X = check_images(self, X, reset=True, image_shape=self.image_shape)
         check_channels(self)
         with seeded(check_random_state(self.random_state).randint(2**31 - 1)):
-            self.network_ = make_backbone(
-                self.backbone, self.layers, self.weights, resolve_device(self.device, X)
-            )
+            network = make_backbone(self.backbone, self.layers, self.weights)
+        self.network_ = channels_last(network.to(resolve_device(self.device, X)))
         self._built_from = plain_parameters(self)
         return self
 
-    def transform(self, X):
+    def transform(self, X: ArrayLike) -> NDArray[Any]:
         """Compute the features of images.
 
         Parameters
@@ -479,7 +495,9 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
             return _collect(len(images), self._compute(images))
         return self._remember(images)
 
-    def inverse_transform_maps(self, maps, X):
+    def inverse_transform_maps(
+        self, maps: ArrayLike, X: ArrayLike
+    ) -> NDArray[np.float32]:
         """Bring maps from the grid of the features back to the size of the images.
 
         Parameters
@@ -526,6 +544,7 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
     def _remember(self, images):
         folder = Path(self.memory) / self._identity()
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         files = [folder / f"{_content_key(image)}.npy" for image in images.array]
         first = {file: row for row, file in reversed(list(enumerate(files)))}
         missing = sorted(row for file, row in first.items() if not file.exists())
@@ -570,5 +589,5 @@ def _content_key(image):
 
 def _save(file, record):
     """Write an array into a file that appears under its name only when complete."""
-    with replacing(file) as temporary, open(temporary, "xb") as stream:
+    with replacing(file, f"memory: {str(file)!r}") as stream:
         np.save(stream, record)

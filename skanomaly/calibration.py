@@ -3,23 +3,21 @@
 import math
 import warnings
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
-from sklearn.base import (
-    BaseEstimator,
-    MetaEstimatorMixin,
-    OutlierMixin,
-    _fit_context,
-    clone,
-)
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, MetaEstimatorMixin, OutlierMixin, clone
 from sklearn.model_selection import KFold
 from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing, get_tags, indexable
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
-from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
-from .base import BaseDetector, check_labels
+from ._fitting.persistence import forget
+from ._typing import ImagesOrPaths, Self, available_if, fit_context
+from ._validation import check_labels
+from .base import BaseDetector
 from .pipeline import with_maps
 
 
@@ -138,12 +136,14 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         return hasattr(self, "offset_")
 
     @property
-    def n_features_in_(self):
+    def n_features_in_(self) -> int:
         """Number of features of an image."""
         return self.estimator_.n_features_in_
 
-    @_fit_context(prefer_skip_nested_validation=False)
-    def fit(self, X, y=None, **fit_params):
+    @fit_context(prefer_skip_nested_validation=False)
+    def fit(
+        self, X: ImagesOrPaths, y: ArrayLike | None = None, **fit_params: Any
+    ) -> Self:
         """Fit the detector and set the thresholds.
 
         Parameters
@@ -174,23 +174,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
             If y holds other labels than -1 and +1: they are ignored.
         """
         final = _detector(self.estimator)
-        if self.method == "loo" and getattr(final, "algorithm", None) == "nndescent":
-            raise ValueError(
-                "method='loo' searches exactly, but algorithm='nndescent' does not: "
-                "take 'cv' or 'holdout', or algorithm='brute'."
-            )
-        if self.method == "loo" and not hasattr(final, "_leave_one_out"):
-            raise ValueError(
-                f"method='loo' scores each image by a detector fitted on the others, "
-                f"which {type(final).__name__} cannot do without a fit for each: take "
-                "'cv' or 'holdout'."
-            )
-        if self.method == "cv" and getattr(final, "checkpoint", None) is not None:
-            raise ValueError(
-                f"checkpoint={str(final.checkpoint)!r} belongs to one fit, but "
-                "method='cv' fits one detector for each fold: take checkpoint=None, or "
-                "method='holdout'."
-            )
+        self._check_method(final)
         X, y = indexable(X, y)
         n_samples = _num_samples(X)
         labels = check_labels(y, n_samples)
@@ -207,11 +191,11 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
                 _safe_indexing(X, rows), labels, **fit_params
             )
 
-        self.__dict__.pop("offset_", None)
-        self.__dict__.pop("map_threshold_", None)
+        forget(self, "offset_", "map_threshold_")
         if self.method == "loo":
             self.estimator_ = fitted(np.arange(len(normal)))
-            scores, peaks = _detector(self.estimator_)._leave_one_out()
+            degrees, peaks = _detector(self.estimator_)._leave_one_out()
+            scores = -degrees
         else:
             splits = [
                 (train, normal[test]) for train, test in self._splitter().split(normal)
@@ -229,6 +213,28 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
             self.estimator_ = detector
         self._set_thresholds(scores, peaks)
         return self
+
+    def _check_method(self, final):
+        """Raise if the way to the scores is not open to a detector."""
+        checkpoint = final.get_params(deep=False).get("checkpoint")
+        if self.method == "cv" and checkpoint is not None:
+            raise ValueError(
+                f"checkpoint={str(checkpoint)!r} belongs to one fit, but method='cv' "
+                "fits one detector for each fold: take checkpoint=None, or "
+                "method='holdout'."
+            )
+        if self.method != "loo":
+            return
+        reason = (
+            final._why_not_leave_one_out()
+            if isinstance(final, BaseDetector)
+            else f"{type(final).__name__} cannot do that without a fit for each"
+        )
+        if reason is not None:
+            raise ValueError(
+                "method='loo' scores each image by a detector fitted on the others; "
+                f"{reason}: take 'cv' or 'holdout'."
+            )
 
     def _splitter(self):
         if isinstance(self.cv, Integral):
@@ -256,7 +262,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         self.offset_ = float(self.calibration_scores_[n_positives - 1])
         detector.offset_ = self.offset_
 
-    def score_samples(self, X):
+    def score_samples(self, X: ImagesOrPaths) -> NDArray[np.float64]:
         """Score images by the detector: the higher, the more normal.
 
         Parameters
@@ -272,7 +278,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         check_is_fitted(self)
         return self.estimator_.score_samples(X)
 
-    def decision_function(self, X):
+    def decision_function(self, X: ImagesOrPaths) -> NDArray[np.float64]:
         """Score images relative to the threshold.
 
         Parameters
@@ -287,7 +293,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         """
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X):
+    def predict(self, X: ImagesOrPaths) -> NDArray[np.int64]:
         """Tell normal from anomalous images.
 
         Parameters
@@ -302,7 +308,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         """
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-    def p_values(self, X):
+    def p_values(self, X: ImagesOrPaths) -> NDArray[np.float64]:
         """Compute how probable so low a score is for a normal image.
 
         Parameters
@@ -322,7 +328,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         return (1 + not_higher) / (1 + len(self.calibration_scores_))
 
     @available_if(_estimator_has("localize"))
-    def localize(self, X):
+    def localize(self, X: ImagesOrPaths) -> NDArray[np.floating]:
         """Map where images are anomalous.
 
         Only available if the detector has it.
@@ -341,7 +347,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         return with_maps(self.estimator_).localize(X)
 
     @available_if(_estimator_has("segment"))
-    def segment(self, X):
+    def segment(self, X: ImagesOrPaths) -> NDArray[np.bool_]:
         """Mark the anomalous pixels of anomalous images.
 
         Only available if the detector has it.
@@ -376,4 +382,4 @@ def _scores_and_peaks(estimator, X):
         return _scores_and_peaks(estimator.steps[-1][1], X)
     if not isinstance(estimator, BaseDetector):
         return estimator.score_samples(X), None
-    return estimator._scores_and_peaks(estimator._images(X))
+    return estimator._scores_and_peaks(X)

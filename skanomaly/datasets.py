@@ -4,10 +4,12 @@ from numbers import Integral
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 from sklearn.utils import Bunch, check_random_state
-from sklearn.utils._param_validation import Interval, StrOptions, validate_params
+from sklearn.utils._param_validation import Interval, StrOptions
 
+from ._typing import StrPath, validate_params
 from .images import IMAGE_SUFFIXES, LoadImages, image_files, read_image
 
 TEXTURES_DESCR = """\
@@ -62,7 +64,14 @@ _TEST_COLUMNS = (160, 352)
     },
     prefer_skip_nested_validation=True,
 )
-def load_textures(*, texture="brick", n_train=200, n_test=80, size=64, random_state=0):
+def load_textures(
+    *,
+    texture: str = "brick",
+    n_train: int = 200,
+    n_test: int = 80,
+    size: int = 64,
+    random_state: int | np.random.RandomState | None = 0,
+) -> Bunch:
     """Load crops of a photographed texture, half of the test crops with a defect.
 
     Real photographs under Creative Commons CC0, no download, known masks.
@@ -217,7 +226,14 @@ def _scratch(rng, image, others):
 _DEFECTS = {"hole": _hole, "patch": _patch, "scratch": _scratch, "stain": _stain}
 
 
-def load_mvtec(root, category, *, size=None, mode="RGB", n_jobs=None):
+def load_mvtec(
+    root: StrPath,
+    category: str,
+    *,
+    size: int | tuple[int, int] | None = None,
+    mode: str = "RGB",
+    n_jobs: int | None = None,
+) -> Bunch:
     """Load a category of a data set in the folder layout of MVTec AD.
 
     The layout is ::
@@ -337,9 +353,11 @@ def load_mvtec(root, category, *, size=None, mode="RGB", n_jobs=None):
 
     loader = LoadImages(size=size, mode=mode, n_jobs=n_jobs)
     images = loader.fit_transform(train + test)
-    masks = np.zeros((len(test), *images.shape[1:3]), bool) if masked else None
-    for i, mask_file in mask_files.items():
-        masks[i] = _read_mask(mask_file, test[i], images.shape[1:3])
+    masks = None
+    if masked:
+        masks = np.zeros((len(test), *images.shape[1:3]), bool)
+        for i, mask_file in mask_files.items():
+            masks[i] = _read_mask(mask_file, test[i], images.shape[1:3])
     return Bunch(
         X_train=images[: len(train)],
         X_test=images[len(train) :],
@@ -388,7 +406,9 @@ def _read_mask(mask_file, image_file, size):
     },
     prefer_skip_nested_validation=True,
 )
-def make_clips(frames, video=None, *, length=5):
+def make_clips(
+    frames: ArrayLike, video: ArrayLike | None = None, *, length: int = 5
+) -> Bunch:
     """Cut videos into overlapping clips, one for each frame that ends one.
 
     Parameters
@@ -485,13 +505,13 @@ def make_clips(frames, video=None, *, length=5):
 )
 def make_moving_shapes(
     *,
-    n_videos_train=8,
-    n_videos_test=8,
-    n_frames=60,
-    n_shapes=3,
-    size=64,
-    random_state=0,
-):
+    n_videos_train: int = 8,
+    n_videos_test: int = 8,
+    n_frames: int = 60,
+    n_shapes: int = 3,
+    size: int = 64,
+    random_state: int | np.random.RandomState | None = 0,
+) -> Bunch:
     """Make videos of slowly moving shapes, with a fast or strange one now and then.
 
     Parameters
@@ -560,15 +580,15 @@ def make_moving_shapes(
         *(_shapes_video(rng, background, n_shapes, kinds) for kinds in anomalies),
         strict=True,
     )
-    anomalies = np.concatenate(anomalies)
+    anomaly = np.concatenate(anomalies)
     return Bunch(
         frames_train=np.concatenate(train)[..., None],
         video_train=np.repeat(np.arange(n_videos_train), n_frames),
         frames_test=np.concatenate(test)[..., None],
         video_test=np.repeat(np.arange(n_videos_test), n_frames),
-        y_test=np.where(anomalies == "good", 1, -1),
+        y_test=np.where(anomaly == "good", 1, -1),
         masks_test=np.concatenate(masks),
-        anomaly_test=anomalies,
+        anomaly_test=anomaly,
         DESCR=MOVING_SHAPES_DESCR,
     )
 
@@ -637,7 +657,13 @@ def _cross(y, x):
     },
     prefer_skip_nested_validation=True,
 )
-def make_ellipses(*, n_train=400, n_test=80, size=64, random_state=0):
+def make_ellipses(
+    *,
+    n_train: int = 400,
+    n_test: int = 80,
+    size: int = 64,
+    random_state: int | np.random.RandomState | None = 0,
+) -> Bunch:
     """Make images of two elliptic contours, one of them shrunk in diseased images.
 
     For methods that learn from labels. The healthy version of every test image is

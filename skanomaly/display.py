@@ -1,7 +1,12 @@
 """Pictures of anomaly maps, after scikit-learn's Display convention."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.utils._optional_dependencies import check_matplotlib_support
+
+from ._typing import ImagesOrPaths, Self
 
 MAP_COLORS = "viridis"
 MASK_COLOR = "cyan"
@@ -51,7 +56,14 @@ class AnomalyMapDisplay:
         self.segments = segments
 
     @classmethod
-    def from_estimator(cls, estimator, X, *, masks=None, ax=None):
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: ImagesOrPaths,
+        *,
+        masks: ArrayLike | None = None,
+        ax: Any = None,
+    ) -> Self:
         """Draw the maps that a fitted detector or pipeline gives for images.
 
         Regions are outlined if `estimator` has `segment`.
@@ -72,9 +84,11 @@ class AnomalyMapDisplay:
         AnomalyMapDisplay
             The display, drawn.
         """
-        is_paths = np.asarray(X).dtype.kind in "OU"
+        images = np.asarray(X)
+        if images.dtype.kind in "OU":  # paths
+            images = estimator[0].transform(X)
         return cls.from_predictions(
-            estimator[0].transform(X) if is_paths else X,
+            images,
             estimator.localize(X),
             masks=masks,
             segments=estimator.segment(X) if hasattr(estimator, "segment") else None,
@@ -82,7 +96,15 @@ class AnomalyMapDisplay:
         )
 
     @classmethod
-    def from_predictions(cls, images, maps, *, masks=None, segments=None, ax=None):
+    def from_predictions(
+        cls,
+        images: ArrayLike,
+        maps: ArrayLike,
+        *,
+        masks: ArrayLike | None = None,
+        segments: ArrayLike | None = None,
+        ax: Any = None,
+    ) -> Self:
         """Draw given maps.
 
         Parameters
@@ -105,7 +127,7 @@ class AnomalyMapDisplay:
         """
         return cls(images, maps, masks=masks, segments=segments).plot(ax=ax)
 
-    def plot(self, *, ax=None):
+    def plot(self, *, ax: Any = None) -> Self:
         """Draw a row for each image.
 
         Parameters

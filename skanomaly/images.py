@@ -1,26 +1,30 @@
 """Images from files, and what is done to them in front of a detector."""
 
 import collections
-import contextlib
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from joblib import effective_n_jobs
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
-from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from ._fitting.progress import replacing
-from .base import check_images, resolve_device
+from ._fitting.batches import resolve_device
+from ._fitting.files import named_write_errors, remove_leftovers, replacing
+from ._typing import Self, StrPath, fit_context
+from ._validation import check_images
 
 __all__ = ["CenterCropImages", "LoadImages", "ResizeImages", "ToDevice"]
 
@@ -30,7 +34,7 @@ _VALUES_PER_BATCH = 2**24
 _SIZE_CONSTRAINT = [Interval(Integral, 1, None, closed="left"), tuple, list]
 
 
-def image_files(folder, *, recursive=False):
+def image_files(folder: StrPath, *, recursive: bool = False) -> list[Path]:
     """List the image files of a folder.
 
     Parameters
@@ -53,7 +57,9 @@ def image_files(folder, *, recursive=False):
     )
 
 
-def read_image(path, size=None, mode="RGB"):
+def read_image(
+    path: StrPath, size: int | tuple[int, int] | None = None, mode: str = "RGB"
+) -> NDArray[np.uint8]:
     """Decode an image file.
 
     Parameters
@@ -198,8 +204,8 @@ class LoadImages(TransformerMixin, BaseEstimator):
     def __sklearn_is_fitted__(self):
         return True
 
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None):
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Iterable[StrPath], y: ArrayLike | None = None) -> Self:
         """Check the parameters and the kind of input; no file is opened.
 
         Parameters
@@ -219,7 +225,7 @@ class LoadImages(TransformerMixin, BaseEstimator):
             _sides(self.size)
         return self
 
-    def transform(self, X):
+    def transform(self, X: Iterable[StrPath]) -> NDArray[np.uint8]:
         """Load the images.
 
         Parameters
@@ -334,34 +340,15 @@ def _write_array(path, shape, images):
     Plain writes, since a full disk would kill a process that writes to a memory map.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with replacing(path) as temporary:
-        with _named_write_errors(path, shape), open(temporary, "xb") as file:
+    n_bytes = np.prod(shape, dtype=np.int64)
+    what = f"memmap: {str(path)!r}, {n_bytes} bytes of images,"
+    remove_leftovers(path.parent)
+    with replacing(path, what) as file:
+        with named_write_errors(what):
             np.lib.format.write_array_header_1_0(file, header)
-        with open(temporary, "ab", buffering=0) as file:
-            for image in images:
-                with _named_write_errors(path, shape):
-                    _write_all(file, image)
-            with _named_write_errors(path, shape):
-                os.fsync(file.fileno())
-
-
-def _write_all(file, image):
-    rest = memoryview(np.ascontiguousarray(image)).cast("B")
-    while rest:
-        rest = rest[file.write(rest) :]
-
-
-@contextlib.contextmanager
-def _named_write_errors(path, shape):
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"Cannot write {np.prod(shape, dtype=np.int64)} bytes of images for "
-            f"memmap ({error.strerror})",
-            str(path),
-        ) from error
+        for image in images:  # the files of images have errors of their own
+            with named_write_errors(what):
+                file.write(np.ascontiguousarray(image))
 
 
 class _ArrayTransformer(TransformerMixin, BaseEstimator):
@@ -372,8 +359,8 @@ class _ArrayTransformer(TransformerMixin, BaseEstimator):
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
 
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None):
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Self:
         """Remember the shape of the images.
 
         Parameters
@@ -437,18 +424,17 @@ class ResizeImages(_ArrayTransformer):
         New height and width in pixels, (H, W). An integer stands for both, so that
         every image becomes a square; give a pair to keep another aspect ratio.
     image_shape : tuple of int, default=None
-        Shape (H, W) or (H, W, C) of images that are given as rows. None takes a square
-        number of features for a square grey image, any other number for an image of
-        one line.
+        Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
+        features for a square grey image, any other number for an image of one line.
 
     Attributes
     ----------
     image_shape_ : tuple of int
-        Shape (H, W, C) of the images seen in `fit`.
+        Shape (H, W, C) of the images.
     n_features_in_ : int
-        Number of values of an image, H * W * C.
-    feature_names_in_ : ndarray of shape (n_features,)
-        Names of the columns seen in `fit`; only defined if `X` was a data frame.
+        H * W * C.
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
+        Names of the columns; only where X was a data frame of rows.
 
     See Also
     --------
@@ -479,7 +465,7 @@ class ResizeImages(_ArrayTransformer):
         self.size = size
         self.image_shape = image_shape
 
-    def transform(self, X):
+    def transform(self, X: ArrayLike) -> NDArray[Any] | torch.Tensor:
         """Resize the images.
 
         Parameters
@@ -494,6 +480,7 @@ class ResizeImages(_ArrayTransformer):
         """
         images = self._check_X(X, reset=False)
         shape = (len(images), *_sides(self.size), images.shape[3])
+        result: NDArray[Any] | torch.Tensor
         if isinstance(images, torch.Tensor):
             result = images.new_empty(shape, dtype=_kept_dtype(images))
         else:
@@ -508,7 +495,9 @@ class ResizeImages(_ArrayTransformer):
             result[rows] = resized.permute(0, 2, 3, 1)
         return result
 
-    def inverse_transform_maps(self, maps, X):
+    def inverse_transform_maps(
+        self, maps: ArrayLike, X: ArrayLike
+    ) -> NDArray[np.float32]:
         """Resize anomaly maps to the resolution of the images that were resized.
 
         Parameters
@@ -523,11 +512,11 @@ class ResizeImages(_ArrayTransformer):
         numpy.ndarray of shape (n, H, W)
             The maps, float32, interpolated bilinearly.
         """
-        maps = self._check_maps(maps, X, _sides(self.size))
+        resized = self._check_maps(maps, X, _sides(self.size))
         height, width, _ = self.image_shape_
-        result = np.empty((len(maps), height, width), np.float32)
+        result = np.empty((len(resized), height, width), np.float32)
         for rows in _slices(result):
-            batch = torch.from_numpy(np.array(maps[rows]))
+            batch = torch.from_numpy(np.array(resized[rows]))
             result[rows] = _resize(batch[:, None], height, width)[:, 0]
         return result
 
@@ -541,18 +530,17 @@ class CenterCropImages(_ArrayTransformer):
         Height and width in pixels of what is kept, (H, W); an integer stands for both.
         A side of the images that is shorter is kept whole.
     image_shape : tuple of int, default=None
-        Shape (H, W) or (H, W, C) of images that are given as rows. None takes a square
-        number of features for a square grey image, any other number for an image of
-        one line.
+        Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
+        features for a square grey image, any other number for an image of one line.
 
     Attributes
     ----------
     image_shape_ : tuple of int
-        Shape (H, W, C) of the images seen in `fit`.
+        Shape (H, W, C) of the images.
     n_features_in_ : int
-        Number of values of an image, H * W * C.
-    feature_names_in_ : ndarray of shape (n_features,)
-        Names of the columns seen in `fit`; only defined if `X` was a data frame.
+        H * W * C.
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
+        Names of the columns; only where X was a data frame of rows.
 
     See Also
     --------
@@ -582,7 +570,7 @@ class CenterCropImages(_ArrayTransformer):
         self.size = size
         self.image_shape = image_shape
 
-    def transform(self, X):
+    def transform(self, X: ArrayLike) -> NDArray[Any] | torch.Tensor:
         """Crop the images.
 
         Parameters
@@ -603,7 +591,9 @@ class CenterCropImages(_ArrayTransformer):
             return images.to(_kept_dtype(images))
         return images.astype(_kept_dtype(images), copy=False)
 
-    def inverse_transform_maps(self, maps, X):
+    def inverse_transform_maps(
+        self, maps: ArrayLike, X: ArrayLike
+    ) -> NDArray[np.float32]:
         """Put anomaly maps back into the centre of the images that were cropped.
 
         Parameters
@@ -622,10 +612,10 @@ class CenterCropImages(_ArrayTransformer):
         check_is_fitted(self)
         rows, columns = self._window()
         shape = (rows.stop - rows.start, columns.stop - columns.start)
-        maps = self._check_maps(maps, X, shape)
-        result = np.empty((len(maps), *self.image_shape_[:2]), np.float32)
-        result[:] = maps.min(axis=(1, 2), keepdims=True)
-        result[:, rows, columns] = maps
+        cropped = self._check_maps(maps, X, shape)
+        result = np.empty((len(cropped), *self.image_shape_[:2]), np.float32)
+        result[:] = cropped.min(axis=(1, 2), keepdims=True)
+        result[:, rows, columns] = cropped
         return result
 
     def _window(self):
@@ -655,11 +645,11 @@ class ToDevice(_ArrayTransformer):
     Attributes
     ----------
     image_shape_ : tuple of int
-        Shape (H, W, C) of the images seen in `fit`.
+        Shape (H, W, C) of the images.
     n_features_in_ : int
-        Number of values of an image, H * W * C.
-    feature_names_in_ : ndarray of shape (n_features,)
-        Names of the columns seen in `fit`; only defined if `X` was a data frame.
+        H * W * C.
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
+        Names of the columns; only where X was a data frame of rows.
 
     Examples
     --------
@@ -681,7 +671,7 @@ class ToDevice(_ArrayTransformer):
         tags.transformer_tags.preserves_dtype = []
         return tags
 
-    def transform(self, X):
+    def transform(self, X: ArrayLike) -> torch.Tensor:
         """Move the images.
 
         Parameters

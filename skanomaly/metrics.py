@@ -6,17 +6,22 @@ values answers that for every threshold that matters, so that no grid of thresho
 needed.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.metrics._scorer import _BaseScorer
 from sklearn.utils.validation import _num_samples
 
-from .base import required_labels
+from ._typing import ImagesOrPaths
+from ._validation import required_labels
 from .pipeline import with_maps
 
 
-def pixel_roc_auc_score(masks, maps):
+def pixel_roc_auc_score(masks: ArrayLike, maps: ArrayLike) -> float:
     """Area under the ROC curve over all pixels of all images.
 
     Parameters
@@ -66,7 +71,7 @@ def pixel_roc_auc_score(masks, maps):
     return _Ranking(*_check_masks_and_maps(masks, maps, ndim=3)).roc_auc()
 
 
-def pixel_average_precision_score(masks, maps):
+def pixel_average_precision_score(masks: ArrayLike, maps: ArrayLike) -> float:
     """Average precision over all pixels of all images.
 
     Parameters
@@ -111,7 +116,7 @@ def pixel_average_precision_score(masks, maps):
     return _Ranking(*_check_masks_and_maps(masks, maps, ndim=3)).average_precision()
 
 
-def pro_auc_score(masks, maps, *, max_fpr=0.3):
+def pro_auc_score(masks: ArrayLike, maps: ArrayLike, *, max_fpr: float = 0.3) -> float:
     """Normalized area under the per-region overlap (PRO) curve.
 
     Parameters
@@ -172,7 +177,7 @@ def pro_auc_score(masks, maps, *, max_fpr=0.3):
     return _Ranking(masks, maps).pro_auc(_region_weights(masks), max_fpr)
 
 
-def f1_max(masks, maps):
+def f1_max(masks: ArrayLike, maps: ArrayLike) -> float:
     """Highest F1 score that any threshold reaches.
 
     Parameters
@@ -215,7 +220,9 @@ def f1_max(masks, maps):
     return _Ranking(*_check_masks_and_maps(masks, maps)).f1_max()
 
 
-def localization_scores(masks, maps, *, max_fpr=0.3):
+def localization_scores(
+    masks: ArrayLike, maps: ArrayLike, *, max_fpr: float = 0.3
+) -> dict[str, float]:
     """All measures of anomaly maps, at little more than the cost of one.
 
     Parameters
@@ -263,7 +270,9 @@ def localization_scores(masks, maps, *, max_fpr=0.3):
     }
 
 
-def frame_roc_auc_score(y_true, scores, video):
+def frame_roc_auc_score(
+    y_true: ArrayLike, scores: ArrayLike, video: ArrayLike
+) -> float:
     """Area under the ROC curve over all frames, with scores normalized in each video.
 
     Parameters
@@ -347,7 +356,7 @@ def frame_roc_auc_score(y_true, scores, video):
     return _Ranking(y_true == -1, normalized).roc_auc()
 
 
-def anomaly_roc_auc(estimator, X, y):
+def anomaly_roc_auc(estimator: Any, X: ImagesOrPaths, y: ArrayLike) -> float:
     """Score a detector by the area under the ROC curve of images.
 
     For the argument ``scoring`` of scikit-learn's searches and cross-validations. The
@@ -390,7 +399,7 @@ def anomaly_roc_auc(estimator, X, y):
     return roc_auc_score(*_anomalies_and_degrees(estimator, X, y))
 
 
-def anomaly_average_precision(estimator, X, y):
+def anomaly_average_precision(estimator: Any, X: ImagesOrPaths, y: ArrayLike) -> float:
     """Score a detector by the average precision of images, anomalies being positive.
 
     For the argument ``scoring`` of scikit-learn's searches and cross-validations, where
@@ -443,7 +452,9 @@ def _anomalies_and_degrees(estimator, X, y):
     return labels == -1, -estimator.score_samples(X)
 
 
-def make_localization_scorer(score_func, **kwargs):
+def make_localization_scorer(
+    score_func: Callable[..., float], **kwargs: Any
+) -> "_LocalizationScorer":
     """Make a scorer of anomaly maps for cross-validation and searches.
 
     Parameters

@@ -1,14 +1,18 @@
 """Splitters for one-class learning: training sees normals only, tests see both."""
 
 import warnings
+from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import KFold, ShuffleSplit
 from sklearn.utils import _safe_indexing, check_random_state, indexable
 from sklearn.utils.validation import _num_samples
 
-from .base import required_labels
+from ._typing import ImagesOrPaths
+from ._validation import required_labels
 
 
 def _normals_and_anomalies(X, y, groups, min_normals):
@@ -61,7 +65,12 @@ class OneClassKFold(KFold):
     [0 1] [2 3 5]
     """
 
-    def split(self, X, y=None, groups=None):
+    def split(
+        self,
+        X: ImagesOrPaths,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
         """Generate the indices of the training and the test images.
 
         Parameters
@@ -155,7 +164,12 @@ class OneClassShuffleSplit(ShuffleSplit):
         )
         self._default_test_size = 0.2
 
-    def split(self, X, y=None, groups=None):
+    def split(
+        self,
+        X: ImagesOrPaths,
+        y: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
         """Generate the indices of the training and the test images.
 
         Parameters
@@ -186,7 +200,12 @@ class OneClassShuffleSplit(ShuffleSplit):
             yield np.sort(normals[train]), np.sort(test)
 
 
-def one_class_train_test_split(*arrays, labels, test_size=0.25, random_state=None):
+def one_class_train_test_split(
+    *arrays: Any,
+    labels: ArrayLike,
+    test_size: float = 0.25,
+    random_state: int | np.random.RandomState | None = None,
+) -> list[Any]:
     """Split arrays into normal training images and a test set with all anomalies.
 
     Parameters

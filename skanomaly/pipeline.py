@@ -1,10 +1,14 @@
 """Pipelines that localize: scikit-learn's Pipeline and a way back for the maps."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 from sklearn import pipeline as sklearn_pipeline
 from sklearn.pipeline import _final_estimator_has, _name_estimators
-from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
+
+from ._typing import ImagesOrPaths, available_if
 
 __all__ = ["Pipeline", "localize", "make_pipeline"]
 
@@ -70,7 +74,7 @@ class Pipeline(sklearn_pipeline.Pipeline):
     """
 
     @available_if(_final_estimator_has("localize"))
-    def localize(self, X):
+    def localize(self, X: ImagesOrPaths) -> NDArray[np.floating]:
         """Compute anomaly maps at the resolution of the first array.
 
         Only available if the last step has `localize`.
@@ -88,7 +92,7 @@ class Pipeline(sklearn_pipeline.Pipeline):
         return self._maps(X, "localize")
 
     @available_if(_final_estimator_has("segment"))
-    def segment(self, X):
+    def segment(self, X: ImagesOrPaths) -> NDArray[np.bool_]:
         """Mark the anomalous pixels at the resolution of the first array.
 
         The regions found by the last step walk back as maps of zeros and ones; a pixel
@@ -120,7 +124,7 @@ class Pipeline(sklearn_pipeline.Pipeline):
         return maps
 
 
-def localize(estimator, X):
+def localize(estimator: Any, X: ImagesOrPaths) -> NDArray[np.floating]:
     """Compute anomaly maps by whatever holds a fitted detector.
 
     Parameters
@@ -166,7 +170,7 @@ def localize(estimator, X):
     )
 
 
-def with_maps(estimator):
+def with_maps(estimator: Any) -> Any:
     """Return a pipeline of scikit-learn as one of ours, anything else as it is."""
     if isinstance(estimator, sklearn_pipeline.Pipeline):
         return Pipeline(estimator.steps)
@@ -181,7 +185,7 @@ def _transformers(steps):
             yield step
 
 
-def make_pipeline(*steps, memory=None, verbose=False):
+def make_pipeline(*steps: Any, memory: Any = None, verbose: bool = False) -> Pipeline:
     """Build a :class:`Pipeline` whose steps are named after their types.
 
     Parameters

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from method_settings import small_settings
 
 
 def pytest_configure():
@@ -14,6 +15,14 @@ def pytest_configure():
     import torch  # reads OMP_NUM_THREADS
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Let a test draw the same numbers whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):
@@ -33,6 +42,47 @@ def shared_data():
     if not folder.is_dir():
         pytest.fail(f"SKANOMALY_SHARED_DATA={str(folder)!r} is not a folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_images():
+    """Return a function that draws images (n, *shape), float32 in [0, 1)."""
+    import numpy as np
+
+    def draw(n, *shape, seed=0):
+        return np.random.default_rng(seed).random((n, *shape)).astype(np.float32)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def small():
+    """Return a function that makes a small detector with a fixed seed.
+
+    ``small(cls, **parameters)`` takes a class or its name; the parameters replace those
+    of the method's test file.
+    """
+    import skanomaly
+
+    def make(cls, **parameters):
+        cls = getattr(skanomaly, cls) if isinstance(cls, str) else cls
+        return cls(**{"random_state": 0, **small_settings(cls), **parameters})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """Return a function that makes the batch of a training, its draws seeded."""
+    import torch
+
+    from skanomaly._fitting.loop import Batch
+
+    def make(images, labels=None, notes=None, step=0, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return Batch(images, labels, notes, step, generator)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -16,17 +16,16 @@ from skanomaly import SPADE, BackboneFeatures, Pipeline
 from skanomaly.backbones import Backbone, make_backbone
 from skanomaly.model_selection import OneClassKFold
 
-CPU = torch.device("cpu")
 LAYERS = ("layer1", "layer2", "layer3")
+SHAPE = (40, 48, 3)
 
 
-def random_images(n, height=40, width=48, channels=3, seed=0):
-    shape = (n, height, width, channels)
-    return np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
+def as_bytes(images):
+    return (256 * images).astype(np.uint8)
 
 
 def as_tensor(images):
-    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def whole_network(name, seed=0):
@@ -100,11 +99,13 @@ def count_images(monkeypatch):
         ),
     ],
 )
-def test_features_equal_those_of_torchvision(tmp_path, name, layers, children):
+def test_features_equal_those_of_torchvision(
+    tmp_path, name, layers, children, random_images
+):
     network = whole_network(name)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    backbone = make_backbone(name, tuple(layers), str(tmp_path / "weights.pth"), CPU)
-    images = as_tensor(random_images(3, 64, 80))
+    backbone = make_backbone(name, tuple(layers), str(tmp_path / "weights.pth"))
+    images = as_tensor(random_images(3, 64, 80, 3))
 
     features = backbone(images)
 
@@ -125,17 +126,17 @@ def test_backbone_holds_no_layer_behind_the_last():
     assert names == ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2"]
 
 
-def test_grey_equals_three_equal_channels():
-    backbone = make_backbone("resnet18", ("layer2",), None, CPU)
-    grey = as_tensor(random_images(2, channels=1))
+def test_grey_equals_three_equal_channels(random_images):
+    backbone = make_backbone("resnet18", ("layer2",), None)
+    grey = as_tensor(random_images(2, 40, 48, 1))
     expected = backbone(grey.repeat(1, 3, 1, 1))["layer2"]
     assert torch.equal(backbone(grey)["layer2"], expected)
 
 
-def test_small_images_are_padded_and_the_features_cropped(resnet):
-    backbone = make_backbone("resnet18", ("layer1", "layer2"), None, CPU)
+def test_small_images_are_padded_and_the_features_cropped(resnet, random_images):
+    backbone = make_backbone("resnet18", ("layer1", "layer2"), None)
     backbone.trunk.load_state_dict(resnet.state_dict(), strict=False)
-    images = as_tensor(random_images(2, 9, 40))
+    images = as_tensor(random_images(2, 9, 40, 3))
     features = backbone(images)
     padded = F.pad(images, (0, 0, 0, 23), mode="replicate")
     children = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2"]
@@ -148,7 +149,7 @@ def test_small_images_are_padded_and_the_features_cropped(resnet):
 
 
 def test_one_pixel_has_features():
-    backbone = make_backbone("resnet18", ("layer1", "layer4"), None, CPU)
+    backbone = make_backbone("resnet18", ("layer1", "layer4"), None)
     features = backbone(torch.rand(1, 3, 1, 1))
     assert features["layer1"].shape == (1, 64, 1, 1)
     assert features["layer4"].shape == (1, 512, 1, 1)
@@ -203,9 +204,9 @@ def assert_loaded(backbone, resnet):
 def test_truncated_state_dict_loads_up_to_its_end(resnet, tmp_path):
     path = tmp_path / "to-layer3.pth"
     torch.save(up_to_layer3(resnet.state_dict()), path)
-    assert_loaded(make_backbone("resnet18", LAYERS, path, CPU), resnet)
+    assert_loaded(make_backbone("resnet18", LAYERS, path), resnet)
     with pytest.raises(ValueError, match=r"to-layer3.pth.*lacks 'layer4\.0\..* more"):
-        make_backbone("resnet18", (*LAYERS, "layer4"), path, CPU)
+        make_backbone("resnet18", (*LAYERS, "layer4"), path)
 
 
 @pytest.mark.parametrize("truncated", [False, True])
@@ -213,7 +214,7 @@ def test_last_stage_comes_along_if_the_weights_reach_it(resnet, tmp_path, trunca
     state = resnet.state_dict()
     torch.save(up_to_layer3(state) if truncated else state, tmp_path / "weights.pth")
     backbone = make_backbone(
-        "resnet18", LAYERS, tmp_path / "weights.pth", CPU, with_last_stage=True
+        "resnet18", LAYERS, tmp_path / "weights.pth", with_last_stage=True
     )
     assert backbone.layers == (LAYERS if truncated else (*LAYERS, "layer4"))
     assert_loaded(backbone, resnet)
@@ -229,13 +230,13 @@ def save_as(path, state):
 def test_safetensors(resnet, tmp_path):
     path = tmp_path / "resnet18.safetensors"
     save_as(path, resnet.state_dict())
-    assert_loaded(make_backbone("resnet18", ("layer2",), path, CPU), resnet)
+    assert_loaded(make_backbone("resnet18", ("layer2",), path), resnet)
 
 
 def test_unexpected_key(resnet, tmp_path):
     torch.save({**resnet.state_dict(), "head.bias": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"unknown 'head.bias'"):
-        make_backbone("resnet18", LAYERS, tmp_path / "w.pth", CPU)
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
@@ -247,21 +248,21 @@ def test_unexpected_key(resnet, tmp_path):
 )
 def test_state_dict_of_another_network(weights_file, name, layers, key):
     with pytest.raises(ValueError, match=f"do not fit {name} up to .*lacks '{key}"):
-        make_backbone(name, layers, weights_file, CPU)
+        make_backbone(name, layers, weights_file)
 
 
 def test_state_dict_of_a_deeper_network(tmp_path):
     state = torchvision.models.get_model("resnet34", weights=None).state_dict()
     torch.save(state, tmp_path / "resnet34.pth")
     with pytest.raises(ValueError, match=r"resnet34.pth.*unknown 'layer1\.2\."):
-        make_backbone("resnet18", LAYERS, tmp_path / "resnet34.pth", CPU)
+        make_backbone("resnet18", LAYERS, tmp_path / "resnet34.pth")
 
 
 def test_parameter_of_another_shape(resnet, tmp_path):
     state = {**resnet.state_dict(), "conv1.weight": torch.ones(64, 3, 3, 3)}
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"another shape of 'conv1.weight'"):
-        make_backbone("resnet18", LAYERS, tmp_path / "w.pth", CPU)
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
@@ -270,13 +271,13 @@ def test_parameter_of_another_shape(resnet, tmp_path):
 def test_file_that_holds_no_state_dict(tmp_path, value):
     torch.save(value, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w.pth.*holds no state dict"):
-        make_backbone("resnet18", LAYERS, tmp_path / "w.pth", CPU)
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth")
 
 
 def test_pickled_network_is_refused(resnet, tmp_path):
     torch.save(resnet, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w.pth.*cannot be read"):
-        make_backbone("resnet18", LAYERS, tmp_path / "w.pth", CPU)
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, 10_000, 1_000_000])
@@ -286,23 +287,23 @@ def test_damaged_file(resnet, tmp_path, name, n_bytes):
     save_as(path, resnet.state_dict())
     path.write_bytes(path.read_bytes()[:n_bytes])
     with pytest.raises(ValueError, match=f"{name}.*cannot be read"):
-        make_backbone("resnet18", LAYERS, path, CPU)
+        make_backbone("resnet18", LAYERS, path)
 
 
 def test_file_of_another_kind(tmp_path):
     (tmp_path / "w.pth").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match=r"w\.pth.*cannot be read"):
-        make_backbone("resnet18", LAYERS, tmp_path / "w.pth", CPU)
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth")
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"nothing.pth.*is not a file.*imagenet"
     ):
-        make_backbone("resnet18", LAYERS, tmp_path / "nothing.pth", CPU)
+        make_backbone("resnet18", LAYERS, tmp_path / "nothing.pth")
 
 
-def test_imagenet_weights_without_network(tmp_path, monkeypatch):
+def test_imagenet_weights_without_network(tmp_path, monkeypatch, random_images):
     def fail(*args, **kwargs):
         raise URLError("no route to host")
 
@@ -311,7 +312,7 @@ def test_imagenet_weights_without_network(tmp_path, monkeypatch):
     with pytest.raises(
         OSError, match=r"no route.*weights=PATH.*resnet18-f37072fd.pth"
     ) as e:
-        BackboneFeatures(backbone="resnet18").fit(random_images(1))
+        BackboneFeatures(backbone="resnet18").fit(random_images(1, *SHAPE))
     assert str(tmp_path / "hub" / "checkpoints") in str(e.value)
 
 
@@ -320,7 +321,7 @@ def test_imagenet_weights_from_the_cache(resnet, weights_file, tmp_path, monkeyp
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     shutil.move(weights_file, folder / "resnet18-f37072fd.pth")
-    assert_loaded(make_backbone("resnet18", LAYERS, "imagenet", CPU), resnet)
+    assert_loaded(make_backbone("resnet18", LAYERS, "imagenet"), resnet)
 
 
 # BackboneFeatures
@@ -336,8 +337,8 @@ def make_small_features(**parameters):
     return make_features(**{**defaults, **parameters})
 
 
-def test_records_hold_the_features_of_the_images(resnet, weights_file):
-    X = random_images(5)
+def test_records_hold_the_features_of_the_images(resnet, weights_file, random_images):
+    X = as_bytes(random_images(5, *SHAPE))
     transformer = make_features(weights=weights_file, batch_size=2)
     features = transformer.fit_transform(X)
 
@@ -349,14 +350,14 @@ def test_records_hold_the_features_of_the_images(resnet, weights_file):
         ]
     )
     children = ["conv1", "bn1", "relu", "maxpool", *LAYERS]
-    outputs = by_hand(map(resnet.get_submodule, children), as_tensor(X))
+    outputs = by_hand(map(resnet.get_submodule, children), as_tensor(X) / 255)
     for layer, output in zip(LAYERS, outputs[4:], strict=True):
         expected = output.permute(0, 2, 3, 1).numpy()
         assert_allclose(features[layer], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_pooled_features_are_the_means_over_all_positions():
-    X = random_images(3)
+def test_pooled_features_are_the_means_over_all_positions(random_images):
+    X = random_images(3, *SHAPE)
     features = make_features().fit_transform(X)
     pooled = make_features(pool=True).fit_transform(X)
     expected = [features[layer].mean(axis=(1, 2)) for layer in LAYERS]
@@ -368,20 +369,20 @@ def test_pooled_features_are_the_means_over_all_positions():
 @pytest.mark.parametrize(
     "estimator", [make_features(), SPADE(backbone="resnet18", weights=None)]
 )
-def test_images_that_are_neither_grey_nor_rgb(estimator, channels):
+def test_images_that_are_neither_grey_nor_rgb(estimator, channels, random_images):
     with pytest.raises(ValueError, match=f"{channels} channels"):
-        estimator.fit(random_images(2, channels=channels))
+        estimator.fit(random_images(2, 40, 48, channels))
 
 
-def test_unknown_names_are_refused_before_weights_are_read():
+def test_unknown_names_are_refused_before_weights_are_read(random_images):
     transformer = make_features(layers=("layer7",), weights="nothing.pth")
     with pytest.raises(ValueError, match="'layer7' is unknown"):
-        transformer.fit(random_images(1))
+        transformer.fit(random_images(1, *SHAPE))
 
 
 @pytest.mark.parametrize("pool", [False, True])
-def test_memory_spares_the_backbone(tmp_path, count_images, pool):
-    X = random_images(6)
+def test_memory_spares_the_backbone(tmp_path, count_images, pool, random_images):
+    X = random_images(6, *SHAPE)
     X[4] = X[1]
     expected = make_small_features(pool=pool).fit_transform(X)
     count_images.clear()
@@ -414,16 +415,18 @@ def test_memory_spares_the_backbone(tmp_path, count_images, pool):
         {"backbone": "shufflenet_v2_x1_0"},
     ],
 )
-def test_memory_knows_other_features_apart(tmp_path, count_images, changed):
-    X = random_images(2)
+def test_memory_knows_other_features_apart(
+    tmp_path, count_images, changed, random_images
+):
+    X = random_images(2, *SHAPE)
     make_small_features(memory=tmp_path).fit_transform(X)
     features = make_small_features(memory=tmp_path, **changed).fit_transform(X)
     assert sum(count_images) == 4
     assert_array_equal(features, make_small_features(**changed).fit_transform(X))
 
 
-def test_memory_knows_other_images_apart(tmp_path, count_images):
-    X = random_images(2)
+def test_memory_knows_other_images_apart(tmp_path, count_images, random_images):
+    X = as_bytes(random_images(2, *SHAPE))
     transformer = make_small_features(memory=tmp_path).fit(X)
     transformer.transform(X)
     transformer.transform(X / 255)
@@ -433,8 +436,8 @@ def test_memory_knows_other_images_apart(tmp_path, count_images):
     assert sum(count_images) == 5
 
 
-def test_interrupted_write_leaves_no_broken_file(tmp_path, monkeypatch):
-    X = random_images(3)
+def test_interrupted_write_leaves_no_broken_file(tmp_path, monkeypatch, random_images):
+    X = random_images(3, *SHAPE)
     transformer = make_small_features(memory=tmp_path, batch_size=1).fit(X)
     save, calls = np.save, []
 
@@ -455,9 +458,11 @@ def test_interrupted_write_leaves_no_broken_file(tmp_path, monkeypatch):
     assert_array_equal(transformer.transform(X), expected)
 
 
-def test_search_passes_each_image_through_the_backbone_once(tmp_path, count_images):
-    X = random_images(16, 32, 32)
-    X[12:] |= 0xF0
+def test_search_passes_each_image_through_the_backbone_once(
+    tmp_path, count_images, random_images
+):
+    X = random_images(16, 32, 32, 3)
+    X[12:] = 15 / 16 + X[12:] / 16
     y = np.repeat([1, -1], [12, 4])
     pipeline = Pipeline(
         [
@@ -471,13 +476,13 @@ def test_search_passes_each_image_through_the_backbone_once(tmp_path, count_imag
         scoring="roc_auc",
         cv=OneClassKFold(n_splits=4),
     ).fit(X, y)
-    assert search.cv_results_["split3_test_score"].shape == (3,)
+    assert (search.cv_results_["split3_test_score"] == 1).all()
     assert search.best_score_ == 1
     assert sum(count_images) == len(X)
 
 
-def test_maps_come_back_at_the_size_of_the_images():
-    X = random_images(2, 36, 48)
+def test_maps_come_back_at_the_size_of_the_images(random_images):
+    X = random_images(2, 36, 48, 3)
     transformer = make_features().fit(X)
     ramp = np.arange(12.0) + np.arange(9.0)[:, None]
     maps = transformer.inverse_transform_maps([ramp, 2 * ramp], X)
@@ -489,8 +494,8 @@ def test_maps_come_back_at_the_size_of_the_images():
     assert_allclose(maps[1], 2 * maps[0])
 
 
-def test_pickle_needs_no_weights_file(weights_file):
-    X = random_images(2)
+def test_pickle_needs_no_weights_file(weights_file, random_images):
+    X = random_images(2, *SHAPE)
     transformer = make_features(weights=weights_file).fit(X)
     expected = transformer.transform(X)
     content = pickle.dumps(transformer)

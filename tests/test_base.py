@@ -5,36 +5,30 @@ import numpy as np
 import pytest
 import torch
 
-from skanomaly import DRAEM
-from skanomaly.base import check_images, resolve_device, seeded
+from skanomaly._fitting.batches import resolve_device
+from skanomaly._fitting.loop import seeded
+from skanomaly._validation import check_images
 
 TEXTURES = np.random.default_rng(1).random((4, 16, 16, 1))
 
 
-def detector(**settings):
-    return DRAEM(
-        **{
-            "textures": TEXTURES,
-            "reconstructive_width": 4,
-            "discriminative_width": 4,
-            "max_epochs": 1,
-            "random_state": 0,
-            **settings,
-        }
-    )
+@pytest.fixture(scope="module")
+def detector(small):
+    """Return a function that makes a small DRAEM with noise for textures."""
 
+    def make(**settings):
+        return small("DRAEM", textures=TEXTURES, **settings)
 
-def random_images(n, *shape):
-    return np.random.default_rng(n).random((n, *shape)).astype(np.float32)
+    return make
 
 
 @pytest.fixture(scope="module")
-def X():
+def X(random_images):
     return random_images(16, 16, 20, 1)
 
 
 @pytest.fixture(scope="module")
-def fitted(X):
+def fitted(X, detector):
     """Trained until maps and scores clearly differ between the images."""
     return detector(
         contamination=0.4,
@@ -46,12 +40,12 @@ def fitted(X):
 
 
 @pytest.fixture(scope="module")
-def one_epoch(X):
+def one_epoch(X, detector):
     return detector().fit(X)
 
 
 @pytest.fixture(scope="module")
-def fitted_on_half(X):
+def fitted_on_half(X, detector):
     """Fitted on the first eight images alone."""
     return detector().fit(X[:8])
 
@@ -71,20 +65,20 @@ def fitted_on_half(X):
     ],
     ids=["list", "list of Path", "array", "array of Path", "string", "Path"],
 )
-def test_paths_ask_for_load_images(paths, fitted):
+def test_paths_ask_for_load_images(paths, fitted, detector):
     for method in (detector().fit, fitted.predict):
         with pytest.raises(ValueError, match=r"paths.*DRAEM.*LoadImages\(\)"):
             method(paths)
 
 
-def test_a_series_of_paths_asks_for_load_images():
+def test_a_series_of_paths_asks_for_load_images(detector):
     pandas = pytest.importorskip("pandas")
     with pytest.raises(ValueError, match=r"LoadImages\(\)"):
         detector().fit(pandas.Series(["a.png", "b.png"]))
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
-def test_another_shape_names_both(kind, fitted):
+def test_another_shape_names_both(kind, fitted, random_images):
     for method in (fitted.predict, fitted.localize, fitted.segment):
         with pytest.raises(ValueError, match=r"\(20, 16, 1\).*DRAEM.*\(16, 20, 1\)"):
             method(kind(random_images(2, 20, 16)))
@@ -96,7 +90,7 @@ def test_another_shape_names_both(kind, fitted):
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(kind, value, X, fitted):
+def test_values_that_are_not_finite_are_refused(kind, value, X, fitted, detector):
     broken = X.copy()
     broken[3, 5, 7] = value
     for method in (detector().fit, fitted.localize):
@@ -105,7 +99,7 @@ def test_values_that_are_not_finite_are_refused(kind, value, X, fitted):
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
-def test_too_few_images(kind, X, fitted):
+def test_too_few_images(kind, X, fitted, detector):
     with pytest.raises(ValueError, match=r"1 sample.*minimum of 2 is required by DRAE"):
         detector().fit(kind(X[:1]))
     for method in (detector().fit, fitted.predict):
@@ -115,25 +109,25 @@ def test_too_few_images(kind, X, fitted):
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
-def test_images_without_pixels(kind):
+def test_images_without_pixels(kind, detector):
     with pytest.raises(ValueError, match=r"\(4, 0, 5, 1\).*empty"):
         detector().fit(kind(np.empty((4, 0, 5, 1))))
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
 @pytest.mark.parametrize("shape", [(8,), (8, 2, 4, 4, 3)])
-def test_arrays_of_other_dimensions(kind, shape):
+def test_arrays_of_other_dimensions(kind, shape, detector, random_images):
     with pytest.raises(ValueError, match=r"(?s)(wants images|Expected 2D array)"):
         detector().fit(kind(random_images(*shape)))
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
-def test_complex_numbers(kind, X):
+def test_complex_numbers(kind, X, detector):
     with pytest.raises(ValueError, match=r"[Cc]omplex"):
         detector().fit(kind(X + 1j))
 
 
-def test_image_shape_must_agree_with_the_rows_and_the_images(X):
+def test_image_shape_must_agree_with_the_rows_and_the_images(X, detector):
     with pytest.raises(ValueError, match=r"320 features.*\(16, 16\).*DRAEM.*256"):
         detector(image_shape=(16, 16)).fit(X.reshape(16, -1))
     with pytest.raises(ValueError, match=r"\(16, 20, 1\).*image_shape=\(20, 16\)"):
@@ -151,7 +145,7 @@ def test_image_shape_must_agree_with_the_rows_and_the_images(X):
         (48, None, (1, 48, 1)),
     ],
 )
-def test_rows_are_read_as_images(n_features, image_shape, expected):
+def test_rows_are_read_as_images(n_features, image_shape, expected, detector):
     model, rows = detector(), np.arange(2.0 * n_features).reshape(2, -1)
     images = check_images(model, rows, reset=True, image_shape=image_shape)
     assert model.image_shape_ == expected
@@ -159,7 +153,7 @@ def test_rows_are_read_as_images(n_features, image_shape, expected):
     np.testing.assert_array_equal(images, rows.reshape(2, *expected))
 
 
-def test_bad_input_costs_no_training(X):
+def test_bad_input_costs_no_training(X, detector):
     model = detector()
     with pytest.raises(ValueError, match="y has length"):
         model.fit(X, np.ones(3))
@@ -169,7 +163,7 @@ def test_bad_input_costs_no_training(X):
 # What is taken without a word
 
 
-def test_tensors_give_the_scores_of_arrays(X, fitted, one_epoch):
+def test_tensors_give_the_scores_of_arrays(X, fitted, one_epoch, detector):
     tensors = torch.from_numpy(X)
     model = detector().fit(tensors)
     np.testing.assert_array_equal(model.score_samples(X), one_epoch.score_samples(X))
@@ -179,7 +173,7 @@ def test_tensors_give_the_scores_of_arrays(X, fitted, one_epoch):
         )
 
 
-def test_tensors_of_bytes_are_divided_by_255():
+def test_tensors_of_bytes_are_divided_by_255(detector, random_images):
     images = (255 * random_images(4, 8, 8, 3)).astype(np.uint8)
     model = detector().fit(images)
     maps = model.localize(images)
@@ -193,7 +187,7 @@ def test_lists_give_the_scores_of_arrays(X, fitted):
     np.testing.assert_array_equal(fitted.score_samples(X.tolist()), scores)
 
 
-def test_data_frames_of_rows_leave_their_names(X, one_epoch):
+def test_data_frames_of_rows_leave_their_names(X, one_epoch, detector):
     pandas = pytest.importorskip("pandas")
     names = [f"pixel{i}" for i in range(320)]
     frame = pandas.DataFrame(X.reshape(16, -1), columns=names)
@@ -206,7 +200,7 @@ def test_data_frames_of_rows_leave_their_names(X, one_epoch):
         model.predict(frame.iloc[:, ::-1])
 
 
-def test_memory_maps_are_read_in_batches(tmp_path, X, one_epoch):
+def test_memory_maps_are_read_in_batches(tmp_path, X, one_epoch, detector):
     np.save(tmp_path / "X.npy", X)
     mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
     model = detector().fit(mapped)
@@ -215,7 +209,7 @@ def test_memory_maps_are_read_in_batches(tmp_path, X, one_epoch):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("shape", [(4, 6, 6, 3), (4, 6, 6), (4, 36)])
-def test_checking_copies_nothing(tmp_path, dtype, shape):
+def test_checking_copies_nothing(tmp_path, dtype, shape, detector):
     np.save(tmp_path / "X.npy", np.zeros(shape, dtype))
     mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
     assert np.shares_memory(check_images(detector(), mapped, reset=True), mapped)
@@ -227,7 +221,7 @@ def test_checking_copies_nothing(tmp_path, dtype, shape):
 # Labels
 
 
-def test_anomalous_images_are_left_out(X, fitted_on_half):
+def test_anomalous_images_are_left_out(X, fitted_on_half, detector):
     rows = np.sort(np.random.default_rng(0).permutation(16)[:8])
     mixed, y = np.empty_like(X), np.full(16, -1)
     mixed[rows], y[rows] = X[:8], 1
@@ -242,7 +236,7 @@ def test_anomalous_images_are_left_out(X, fitted_on_half):
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, float])
-def test_masks_tell_the_anomalous_images(dtype, X, fitted_on_half):
+def test_masks_tell_the_anomalous_images(dtype, X, fitted_on_half, detector):
     masks = np.zeros((16, 16, 20), dtype)
     masks[np.arange(8, 16), np.arange(8), np.arange(8)] = 1
     model = detector().fit(X, masks)
@@ -251,7 +245,9 @@ def test_masks_tell_the_anomalous_images(dtype, X, fitted_on_half):
     )
 
 
-def test_other_labels_are_ignored_with_a_warning_that_states_the_rule(X, one_epoch):
+def test_other_labels_are_ignored_with_a_warning_that_states_the_rule(
+    X, one_epoch, detector
+):
     rule = r"\+1 for normal and -1 for anomalous.*holds \[0, 1\].*where\(y == 1, -1, 1"
     with pytest.warns(UserWarning, match=rule):
         model = detector().fit(X, np.repeat([0, 1], 8))
@@ -270,7 +266,7 @@ def test_other_labels_are_ignored_with_a_warning_that_states_the_rule(X, one_epo
         (np.ones((16, 16, 20)), "2 or more, but y marks n_samples = 0"),
     ],
 )
-def test_labels_that_cannot_be_used(y, message, X):
+def test_labels_that_cannot_be_used(y, message, X, detector):
     with pytest.raises(ValueError, match=message):
         detector().fit(X, y)
 
@@ -302,11 +298,11 @@ def test_segments_lie_above_the_threshold_in_anomalous_images(X, fitted):
     assert segments.any()
 
 
-def test_fit_predict_equals_fit_and_predict(X, one_epoch):
+def test_fit_predict_equals_fit_and_predict(X, one_epoch, detector):
     np.testing.assert_array_equal(detector().fit_predict(X), one_epoch.predict(X))
 
 
-def test_bfloat16_maps_are_close(X, fitted):
+def test_bfloat16_maps_are_close(X, fitted, detector):
     model = detector(precision="bfloat16").fit(X)
     assert np.isfinite(model.loss_curve_).all()
 
@@ -316,7 +312,7 @@ def test_bfloat16_maps_are_close(X, fitted):
     assert 0 < np.abs(maps - expected).max() < 0.1 * np.ptp(expected)
 
 
-def test_every_draw_of_random_state_gives_another_model(X):
+def test_every_draw_of_random_state_gives_another_model(X, detector):
     generator = np.random.RandomState(0)
     first, second = (detector(random_state=generator).fit(X) for _ in range(2))
     assert not np.array_equal(first.score_samples(X), second.score_samples(X))

@@ -5,9 +5,13 @@ import inspect
 import pkgutil
 
 import pytest
+from numpydoc.docscrape import NumpyDocString
 from numpydoc.validate import validate
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils._testing import assert_docstring_consistency
 
 import skanomaly
+from skanomaly.base import BaseDetector
 
 IGNORED = {
     "ES01",  # a summary that says it all needs no extended one
@@ -45,7 +49,7 @@ def methods(cls):
 
 def public_objects():
     """Yield the dotted names of the public functions, classes and methods."""
-    for info in pkgutil.iter_modules(skanomaly.__path__, "skanomaly."):
+    for info in pkgutil.walk_packages(skanomaly.__path__, "skanomaly."):
         for name, value in vars(importlib.import_module(info.name)).items():
             if (
                 name.startswith("_")
@@ -59,6 +63,102 @@ def public_objects():
 
 
 OBJECTS = list(public_objects())
+
+ESTIMATORS = [
+    value
+    for value in map(vars(skanomaly).get, skanomaly.__all__)
+    if inspect.isclass(value) and issubclass(value, BaseEstimator)
+]
+# parameters whose defaults are the papers', with the words that all classes share
+OF_THE_PAPERS = {
+    "learning_rate": "^Learning rate of Adam",
+    "batch_size": "^Number of images( or clips)? a batch",
+    "random_state": "^Seed of ",
+    "max_epochs": None,
+    "validation_fraction": None,
+    "n_iter_no_change": None,
+}
+SHARED = [
+    "contamination",
+    "device",
+    "checkpoint",
+    "checkpoint_every",
+    "image_shape",
+    "warm_start",
+    "weights",
+]
+FITTED = [
+    "feature_names_in_",
+    "image_shape_",
+    "loss_curve_",
+    "map_threshold_",
+    "n_features_in_",
+    "n_iter_",
+    "offset_",
+    "validation_curve_",
+]
+
+
+def having(name, section, among=ESTIMATORS):
+    """Return the estimators that document a parameter or an attribute."""
+    return [
+        cls
+        for cls in among
+        if name in {item.name for item in NumpyDocString(cls.__doc__)[section]}
+    ]
+
+
+@pytest.mark.parametrize("name", [*SHARED, *OF_THE_PAPERS])
+def test_the_same_parameter_has_the_same_words(name):
+    users = [cls for cls in having(name, "Parameters") if cls is not skanomaly.ToDevice]
+    assert len(users) > 2
+    assert_docstring_consistency(
+        users,
+        include_params=[name],
+        descr_regex_pattern=OF_THE_PAPERS.get(name),
+        ignore_types=tuple(OF_THE_PAPERS),
+    )
+
+
+DETECTORS = [cls for cls in ESTIMATORS if issubclass(cls, BaseDetector)]
+IMAGE_TRANSFORMERS = [
+    cls
+    for cls in ESTIMATORS
+    if issubclass(cls, TransformerMixin) and hasattr(cls, "inverse_transform_maps")
+]
+
+
+@pytest.mark.parametrize("name", [*FITTED, "verbose"])
+def test_what_a_fit_leaves_has_the_same_words(name):
+    among = [*DETECTORS, *IMAGE_TRANSFORMERS]
+    section = "Parameters" if name == "verbose" else "Attributes"
+    users = having(name, section, among)
+    assert len(users) > 2
+    kind = {"include_params" if name == "verbose" else "include_attrs": [name]}
+    assert_docstring_consistency(users, **kind)
+
+
+def test_the_tail_of_all_constructors_has_one_order():
+    tail = [
+        "image_shape",
+        "max_epochs",
+        "learning_rate",
+        "batch_size",
+        "validation_fraction",
+        "n_iter_no_change",
+        "contamination",
+        "precision",
+        "device",
+        "random_state",
+        "warm_start",
+        "checkpoint",
+        "checkpoint_every",
+        "verbose",
+    ]
+    for cls in DETECTORS:
+        own = list(inspect.signature(cls).parameters)
+        expected = [name for name in tail if name in own]
+        assert own[-len(expected) :] == expected, cls
 
 
 def test_objects_are_found():

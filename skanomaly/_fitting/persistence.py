@@ -11,6 +11,42 @@ import torch
 
 from .. import version
 
+# of a fit, but of no use in another process
+NOT_IN_FILES = ("_optimizers", "_has_shared_weights")
+
+
+def forget(estimator, *names):
+    """Remove attributes of an estimator, as far as it has them."""
+    for name in names:
+        vars(estimator).pop(name, None)
+
+
+def fitted_state(estimator):
+    """Return what a fit has found so far, as it goes into files.
+
+    Parameters
+    ----------
+    estimator : PersistentNetwork
+        An estimator in its fit.
+
+    Returns
+    -------
+    dict
+        Its fitted attributes by name.
+    """
+    return {
+        name: value
+        for name, value in estimator.__getstate__().items()
+        if name in estimator._kept_names or name.endswith("_")
+    }
+
+
+def put_back(estimator, state):
+    """Give an estimator what `fitted_state` has returned."""
+    forget(estimator, *NOT_IN_FILES)
+    vars(estimator).update(state)
+    estimator._restore_network(state["network_"])
+
 
 class PersistentNetwork:
     """Mixin of estimators that may hold a ``network_``.
@@ -21,11 +57,17 @@ class PersistentNetwork:
     ``_built_from`` the parameters that this reads.
     """
 
+    # private attributes that a training needs to go on
+    _kept_names: tuple[str, ...] = ("_seed", "_built_from")
+
     def __getstate__(self):
-        state = super().__getstate__()
+        state = {
+            name: value
+            for name, value in super().__getstate__().items()
+            if name not in NOT_IN_FILES
+        }
         if "network_" in state:
-            state = {**state, "network_": network_to_arrays(state["network_"])}
-            state.pop("_has_shared_weights", None)
+            state["network_"] = network_to_arrays(state["network_"])
         if not any(name.endswith("_") for name in state):
             return state
         return {
@@ -60,8 +102,9 @@ class PersistentNetwork:
             self._restore_network(state["network_"])
 
     def _restore_network(self, arrays):
+        # parameters may have been set since the fit
         fitted = object.__new__(type(self))
-        fitted.__dict__.update({**vars(self), **self._built_from})
+        vars(fitted).update({**vars(self), **self._built_from})
         with torch.device("meta"):
             network = fitted._build_network()
         tensors = {name: _to_tensor(array) for name, array in arrays.items()}
@@ -72,8 +115,9 @@ class PersistentNetwork:
 
     def _own_weights(self):
         """Copy the weights, before they are trained, if they are mapped from a file."""
-        if self.__dict__.pop("_has_shared_weights", False):
+        if getattr(self, "_has_shared_weights", False):
             self.network_ = copy.deepcopy(self.network_)
+            forget(self, "_has_shared_weights")
 
 
 def _versions():
@@ -96,6 +140,7 @@ def _arrays(state, path=()):
 
 def _checksum(state):
     checksum = 0
+    # places and shapes count, too: arrays that changed places would go unnoticed
     for path, array in _arrays(state):
         checksum = zlib.crc32(repr((path, array.shape)).encode(), checksum)
         checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
@@ -126,11 +171,61 @@ def network_to_arrays(network):
     }
 
 
+def check_architecture(estimator):
+    """Raise if the network of the last fit is not one of the parameters.
+
+    Parameters
+    ----------
+    estimator : PersistentNetwork
+        An estimator whose next fit goes on with its network.
+
+    Raises
+    ------
+    ValueError
+        If parameters were set that make another network.
+    """
+    with torch.device("meta"):
+        wanted = estimator._build_network().state_dict()
+    shapes = [
+        {name: tensor.shape for name, tensor in state.items()}
+        for state in (estimator.network_.state_dict(), wanted)
+    ]
+    if shapes[0] == shapes[1]:
+        return
+    built_from = estimator._built_from
+    changes = ", ".join(
+        f"{name}={value!r} (was {built_from[name]!r})"
+        for name, value in plain_parameters(estimator).items()
+        if value != built_from.get(name, value)
+    )
+    raise ValueError(
+        "With warm_start=True a fit goes on with the network of the last one, "
+        f"which these parameters do not describe: {changes}. Set them back, or "
+        "warm_start to False."
+    )
+
+
+class _Writable:
+    """Looks to NumPy like an array that it may write to."""
+
+    def __init__(self, array):
+        self.array = array
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {
+            **array.__array_interface__,
+            "data": (address, False),
+        }
+
+
 def shared_tensor(array):
-    """Return a tensor that is only read, of an array that may be mapped from a file."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable")
-        return torch.from_numpy(array)
+    """Return a tensor that is only read, of an array that may be mapped from a file.
+
+    torch warns of arrays that it must not write to. To silence a warning is no way out,
+    since that is done for all threads at once.
+    """
+    if not array.flags.writeable:
+        array = np.asarray(_Writable(array))
+    return torch.from_numpy(array)
 
 
 def _to_tensor(array):

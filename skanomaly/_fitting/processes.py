@@ -36,10 +36,14 @@ class Processes:
                 "processes, which need 2 each. A larger batch_size helps."
             )
 
-    def seed_apart(self, seed, epoch):
-        """Seed all processes but the first, so that each draws other numbers."""
-        if self.rank:
-            torch.manual_seed(seed + 1_000_003 * self.rank + epoch)
+    def own_seed(self, seed, epoch):
+        """Return a seed for an epoch that no other process has."""
+        return seed + 1_000_003 * self.rank + epoch
+
+    def share_state(self, network):
+        """Overwrite the parameters and buffers of a network by the first process's."""
+        for tensor in network.state_dict().values():
+            self.of_first(tensor)
 
     def wait(self):
         """Wait until all processes have come here."""

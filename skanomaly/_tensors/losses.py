@@ -237,7 +237,7 @@ def _gms_pyramid(images, references, n_scales):
         yield gms_map(images, references)
 
 
-def gradient_penalty(critic, real, fake):
+def gradient_penalty(critic, real, fake, *, generator):
     """Compute how far a critic's slope is from 1 between real and generated images.
 
     Parameters
@@ -247,6 +247,8 @@ def gradient_penalty(critic, real, fake):
         but the first axis is taken.
     real, fake : torch.Tensor of shape (b, c, h, w)
         Real and generated images. One point is drawn on the line between each pair.
+    generator : torch.Generator
+        What is drawn from, on the CPU.
 
     Returns
     -------
@@ -263,10 +265,11 @@ def gradient_penalty(critic, real, fake):
     >>> import torch
     >>> from skanomaly._tensors.losses import gradient_penalty
     >>> real, fake = torch.rand(2, 4, 1, 8, 8)
-    >>> gradient_penalty(lambda images: 0 * images, real, fake).item()
+    >>> generator = torch.Generator()
+    >>> gradient_penalty(lambda x: 0 * x, real, fake, generator=generator).item()
     1.0
     """
-    place = torch.rand(len(real), 1, 1, 1).to(real.device)
+    place = torch.rand(len(real), 1, 1, 1, generator=generator).to(real.device)
     between = (place * real + (1 - place) * fake).detach().requires_grad_()
     scores = critic(between).float().flatten(1).mean(dim=1)
     (slopes,) = torch.autograd.grad(scores.sum(), between, create_graph=True)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 
-def disjoint_masks(height, width, *, cell_size, n_masks, device="cpu"):
+def disjoint_masks(height, width, *, cell_size, n_masks, generator, device="cpu"):
     """Deal the cells of a grid at random to masks that hide each pixel once.
 
     Parameters
@@ -18,6 +18,8 @@ def disjoint_masks(height, width, *, cell_size, n_masks, device="cpu"):
         Side length of the cells in pixels. Cells at the far borders may be cut.
     n_masks : int
         Number of masks. They get equal numbers of cells, up to one.
+    generator : torch.Generator
+        What is drawn from, on the CPU.
     device : torch.device or str, default="cpu"
         Device of the masks.
 
@@ -28,13 +30,16 @@ def disjoint_masks(height, width, *, cell_size, n_masks, device="cpu"):
 
     Examples
     --------
+    >>> import torch
     >>> from skanomaly._tensors.masking import disjoint_masks
-    >>> masks = disjoint_masks(8, 8, cell_size=2, n_masks=4)
+    >>> generator = torch.Generator()
+    >>> masks = disjoint_masks(8, 8, cell_size=2, n_masks=4, generator=generator)
     >>> masks.sum(dim=(1, 2, 3)), masks.sum(dim=0).unique()
     (tensor([16., 16., 16., 16.]), tensor([1.]))
     """
     n_rows, n_columns = -(-height // cell_size), -(-width // cell_size)
-    owners = torch.randperm(n_rows * n_columns).remainder(n_masks)
+    order = torch.randperm(n_rows * n_columns, generator=generator)
+    owners = order.remainder(n_masks)
     owners = owners.view(n_rows, n_columns).to(device)
     owners = owners.repeat_interleave(cell_size, 0).repeat_interleave(cell_size, 1)
     numbers = torch.arange(n_masks, device=device)[:, None, None, None]

@@ -93,6 +93,8 @@ def _nearest_groups(queries, gallery, n_groups):
     """
     n_columns = TILE // GROUP
     n_rows = TILE * max(1, BLOCK_VALUES // (TILE * gallery.shape[1]))
+    # far from the origin, squares would swallow the differences in rounding; and one
+    # more column lets the product itself subtract half the squared norm of each row
     center = gallery.mean(dim=0)
     extended = torch.cat([queries - center, -torch.ones_like(queries[:, :1])], dim=1)
     best = queries.new_full((len(queries), n_groups), -torch.inf)
@@ -103,7 +105,7 @@ def _nearest_groups(queries, gallery, n_groups):
     block = extended.new_empty(min(n_rows, len(gallery)), extended.shape[1])
     for start in range(0, len(gallery), n_rows):
         rows = gallery[start : start + n_rows]
-        block = block[: len(rows)]
+        block = block[: len(rows)]  # one buffer for all: fresh memory costs page faults
         torch.sub(rows, center, out=block[:, :-1])
         block[:, -1] = torch.linalg.vector_norm(block[:, :-1], dim=1) ** 2 / 2
         tiles = block.split(TILE)

@@ -1,7 +1,8 @@
 """Synthetic defects: foreign textures under masks of Perlin noise.
 
-All functions draw from torch's global generator on the CPU, so that a seed gives the
-same defects on every device; the images themselves are made on the device asked for.
+All functions draw from a generator on the CPU that is handed to them, so that a seed
+gives the same defects on every device; the images themselves are made on the device
+asked for.
 """
 
 import math
@@ -14,12 +15,12 @@ from .filters import full_precision
 MASK_DRAWS = 10
 
 
-def uniform(low, high, *shape):
+def uniform(low, high, *shape, generator):
     """Draw from the uniform distribution on [low, high)."""
-    return low + (high - low) * torch.rand(shape)
+    return low + (high - low) * torch.rand(shape, generator=generator)
 
 
-def perlin_noise(cells, height, width, device="cpu"):
+def perlin_noise(cells, height, width, *, generator, device="cpu"):
     """Draw fields of Perlin noise.
 
     Random unit gradients stand at the corners of a lattice; between the corners their
@@ -31,6 +32,8 @@ def perlin_noise(cells, height, width, device="cpu"):
         Numbers of lattice cells along the height and the width of each field.
     height, width : int
         Size of the fields in pixels.
+    generator : torch.Generator
+        What is drawn from.
     device : torch.device or str, default="cpu"
         Where the fields are made.
 
@@ -47,14 +50,16 @@ def perlin_noise(cells, height, width, device="cpu"):
     --------
     >>> import torch
     >>> from skanomaly._tensors.synthesis import perlin_noise
-    >>> noise = perlin_noise(torch.tensor([[2, 4]]), 32, 32)
+    >>> cells, generator = torch.tensor([[2, 4]]), torch.Generator()
+    >>> noise = perlin_noise(cells, 32, 32, generator=generator)
     >>> noise.shape
     torch.Size([1, 32, 32])
     >>> noise[0, 0, 8].item()
     0.0
     """
     n_fields, n_corners = len(cells), int(cells.max()) + 1
-    angles = uniform(0, 2 * math.pi, n_fields, n_corners, n_corners).to(device)
+    shape = n_fields, n_corners, n_corners
+    angles = uniform(0, 2 * math.pi, *shape, generator=generator).to(device)
     gradients_y, gradients_x = angles.sin(), angles.cos()
     cells = cells.to(device)
     y = torch.arange(height, device=device) * cells[:, :1] / height  # (n, h)
@@ -73,7 +78,7 @@ def perlin_noise(cells, height, width, device="cpu"):
     return math.sqrt(2) * torch.lerp(upper, lower, fade_y)
 
 
-def random_lattices(n, height, width):
+def random_lattices(n, height, width, *, generator):
     """Draw lattices of 1 to 32 cells a side, none of whose cells is below 8 pixels.
 
     Parameters
@@ -82,15 +87,17 @@ def random_lattices(n, height, width):
         Number of lattices.
     height, width : int
         Size of the images in pixels.
+    generator : torch.Generator
+        What is drawn from.
 
     Returns
     -------
     torch.Tensor of shape (n, 2)
         Numbers of cells, powers of two, along the height and the width.
     """
+    largest = [max(0, min(5, int(math.log2(side / 8)))) for side in (height, width)]
     exponents = [
-        torch.randint(0, max(0, min(5, int(math.log2(side / 8)))) + 1, (n,))
-        for side in (height, width)
+        torch.randint(0, most + 1, (n,), generator=generator) for most in largest
     ]
     return 2 ** torch.stack(exponents, dim=1)
 
@@ -125,7 +132,7 @@ def rotate(images, degrees, *, mode="bilinear"):
     return F.grid_sample(images, grid, mode=mode, align_corners=False)
 
 
-def perlin_masks(n, height, width, device="cpu"):
+def perlin_masks(n, height, width, *, generator, device="cpu"):
     """Draw masks of irregular patches by thresholding rotated Perlin noise.
 
     Parameters
@@ -134,6 +141,8 @@ def perlin_masks(n, height, width, device="cpu"):
         Number of masks.
     height, width : int
         Size in pixels.
+    generator : torch.Generator
+        What is drawn from.
     device : torch.device or str, default="cpu"
         Where the masks are made.
 
@@ -147,7 +156,7 @@ def perlin_masks(n, height, width, device="cpu"):
     --------
     >>> import torch
     >>> from skanomaly._tensors.synthesis import perlin_masks
-    >>> perlin_masks(2, 64, 64).unique()
+    >>> perlin_masks(2, 64, 64, generator=torch.Generator()).unique()
     tensor([0., 1.])
     """
     masks = torch.zeros(n, 1, height, width, device=device)
@@ -155,14 +164,17 @@ def perlin_masks(n, height, width, device="cpu"):
         empty = torch.nonzero(~masks.flatten(1).any(dim=1))[:, 0]
         if len(empty) == 0:
             break
-        lattices = random_lattices(len(empty), height, width)
-        noise = perlin_noise(lattices, height, width, device)[:, None]
-        noise = rotate(noise, uniform(-90, 90, len(empty)))
+        lattices = random_lattices(len(empty), height, width, generator=generator)
+        noise = perlin_noise(
+            lattices, height, width, generator=generator, device=device
+        )
+        degrees = uniform(-90, 90, len(empty), generator=generator)
+        noise = rotate(noise[:, None], degrees)
         masks[empty] = (noise > 0.5).float()
     return masks
 
 
-def procedural_textures(n, channels, height, width):
+def procedural_textures(n, channels, height, width, *, generator):
     """Make textures of two random colours mixed by Perlin noise.
 
     From smooth clouds over camouflage patterns to flat colours, they stand in for
@@ -172,6 +184,8 @@ def procedural_textures(n, channels, height, width):
     ----------
     n, channels, height, width : int
         Number and size of the textures.
+    generator : torch.Generator
+        What is drawn from.
 
     Returns
     -------
@@ -180,30 +194,36 @@ def procedural_textures(n, channels, height, width):
 
     Examples
     --------
+    >>> import torch
     >>> from skanomaly._tensors.synthesis import procedural_textures
-    >>> procedural_textures(4, 3, 32, 32).shape
+    >>> procedural_textures(4, 3, 32, 32, generator=torch.Generator()).shape
     torch.Size([4, 3, 32, 32])
     """
     textures = torch.empty(n, channels, height, width, dtype=torch.uint8)
     for chunk in textures.split(32):
         n_made = len(chunk)
-        lattices = random_lattices(3 * n_made, height, width)
-        octaves = perlin_noise(lattices, height, width).view(-1, 3, height, width)
-        field = (octaves * torch.rand(n_made, 3, 1, 1)).sum(dim=1, keepdim=True)
-        sharpness = 10 ** uniform(-1, 2, n_made, 1, 1, 1)
+        lattices = random_lattices(3 * n_made, height, width, generator=generator)
+        octaves = perlin_noise(lattices, height, width, generator=generator)
+        octaves = octaves.view(-1, 3, height, width)
+        weights = torch.rand(n_made, 3, 1, 1, generator=generator)
+        field = (octaves * weights).sum(dim=1, keepdim=True)
+        sharpness = 10 ** uniform(-1, 2, n_made, 1, 1, 1, generator=generator)
         mixture = torch.sigmoid(sharpness * field)  # (n_made, 1, h, w)
-        first, second = 255 * torch.rand(2, n_made, channels, 1, 1)
+        colours = torch.rand(2, n_made, channels, 1, 1, generator=generator)
+        first, second = 255 * colours
         chunk.copy_(torch.lerp(first, second, mixture))
     return textures
 
 
-def augment_textures(textures):
+def augment_textures(textures, *, generator):
     """Change the look of textures by three of ten random operations each.
 
     Parameters
     ----------
     textures : torch.Tensor of shape (b, c, h, w)
         Textures in [0, 1].
+    generator : torch.Generator
+        What is drawn from.
 
     Returns
     -------
@@ -218,11 +238,14 @@ def augment_textures(textures):
     """
     from torchvision.transforms.v2 import functional as tv
 
+    def draws(low, high, *shape):
+        return uniform(low, high, *shape, generator=generator)
+
     def draw(low, high):
-        return uniform(low, high, 1).item()
+        return draws(low, high, 1).item()
 
     operations = [
-        lambda t: t ** uniform(0.5, 2.0, *t.shape[:2], 1, 1).to(t.device),
+        lambda t: t ** draws(0.5, 2.0, *t.shape[:2], 1, 1).to(t.device),
         lambda t: draw(0.8, 1.2) * t + draw(-30, 30) / 255,
         lambda t: tv.adjust_sharpness(t, draw(0, 3)),
         lambda t: tv.adjust_saturation(
@@ -233,14 +256,15 @@ def augment_textures(textures):
         lambda t: 1 - t,
         tv.autocontrast,
         tv.equalize,
-        lambda t: rotate(t, uniform(-45, 45, 1).expand(len(t))),
+        lambda t: rotate(t, draws(-45, 45, 1).expand(len(t))),
     ]
     augmented = torch.empty_like(textures)
     for index in range(len(textures)):
         texture = textures[index : index + 1]
         if texture.shape[1] not in (1, 3):  # torchvision knows grey and RGB images only
             texture = texture.transpose(0, 1)
-        for choice in torch.randperm(len(operations))[:3].tolist():
+        order = torch.randperm(len(operations), generator=generator)
+        for choice in order[:3].tolist():
             texture = operations[choice](texture).clamp(0, 1)
         augmented[index] = texture.view_as(augmented[index])
     return augmented

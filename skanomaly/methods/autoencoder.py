@@ -8,6 +8,7 @@ brightness, one minus the structural similarity.
 
 import itertools
 import math
+from functools import partial
 from numbers import Integral, Real
 
 import torch
@@ -133,14 +134,16 @@ class _ReconstructionDetector(NetworkDetector):
             size = [min(side, self.patch_size) for side in size]
         return (*size, channels)
 
-    def _crop(self, images):
+    def _crop(self, images, generator):
         """Cut a patch out of each image, at a place drawn at random."""
         height, width, _ = self._patch_shape
         if (height, width) == images.shape[-2:]:
             return images
         n = len(images)
         free = images.shape[-2] - height, images.shape[-1] - width
-        tops, lefts = (torch.randint(side + 1, (n,)).tolist() for side in free)
+        tops, lefts = (
+            torch.randint(side + 1, (n,), generator=generator).tolist() for side in free
+        )
         return torch.stack(
             [
                 image[:, top : top + height, left : left + width]
@@ -148,7 +151,8 @@ class _ReconstructionDetector(NetworkDetector):
             ]
         ).contiguous(memory_format=torch.channels_last)
 
-    def _anomaly_maps(self, images):
+    def _maps(self, images, residuals):
+        """Return residuals (b, h, w) of images, averaged over overlapping crops."""
         height, width, _ = self._patch_shape
         rows, columns = (
             _starts(side, patch)
@@ -160,21 +164,17 @@ class _ReconstructionDetector(NetworkDetector):
             (..., slice(top, top + height), slice(left, left + width))
             for top, left in itertools.product(rows, columns)
         ]
-        draws = self._draw()
         n_together = max(1, self.batch_size // len(images))
         for chunk in gen_batches(len(places), n_together):
             crops = torch.cat([images[place] for place in places[chunk]])
-            residuals = self._residuals(crops, draws).split(len(images))
-            for place, own in zip(places[chunk], residuals, strict=True):
+            found = residuals(crops).split(len(images))
+            for place, own in zip(places[chunk], found, strict=True):
                 total[place] += own
                 counts[place] += 1
         return total / counts
 
-    def _draw(self):
-        """Return the random numbers that the residuals of all crops share."""
-        return None
-
-    def _anomaly_scores(self, images, maps):
+    def _degrees(self, maps):
+        """Return the degrees of anomaly (b,) of images with such maps."""
         size = scaled_size(self.smoothing_size, maps)
         return mean_filter(maps, size, padding="none").amax(dim=(1, 2))
 
@@ -360,15 +360,14 @@ class Autoencoder(_ReconstructionDetector):
     def _build_network(self):
         return Codec(self._patch_shape, self.width, self.code_size)
 
-    def _fit(self, images, labels):
+    def _check_settings(self):
         constants = self.ssim_constants
         valid = (isinstance(c, Real) and 0 < c < math.inf for c in constants)
         if len(constants) != 2 or not all(valid):
             raise ValueError(f"ssim_constants={constants!r} must be two numbers > 0.")
-        super()._fit(images, labels)
 
     def _losses(self, network, batch):
-        images = self._crop(batch.images)
+        images = self._crop(batch.images, batch.generator)
         rebuilt = network(images)
         if self.loss == "ssim":
             yield network, self._structural_residuals(images, rebuilt).mean()
@@ -381,11 +380,15 @@ class Autoencoder(_ReconstructionDetector):
         )
         return 1 - similarity.mean(dim=1)
 
-    def _residuals(self, images, draws):
+    def _residuals(self, images):
         rebuilt = self.network_(images)
         if self.loss == "ssim":
             return self._structural_residuals(images, rebuilt)
         return (images - rebuilt).square().mean(dim=1)
+
+    def _judge(self, images, *, maps_wanted, generator):
+        maps = self._maps(images, self._residuals)
+        return self._degrees(maps), maps
 
 
 class VariationalAutoencoder(_ReconstructionDetector):
@@ -555,9 +558,10 @@ class VariationalAutoencoder(_ReconstructionDetector):
         return Codec(self._patch_shape, self.width, self.code_size, n_codes=2)
 
     def _losses(self, network, batch):
-        images = self._crop(batch.images)
+        images = self._crop(batch.images, batch.generator)
         means, log_variances = self._distributions(network, images)
-        codes = means + torch.randn_like(means) * (log_variances / 2).exp()
+        noise = torch.randn(means.shape, generator=batch.generator).to(means.device)
+        codes = means + noise * (log_variances / 2).exp()
         rebuilt = network.decode(codes, images.shape[-2:])
         divergence = gaussian_divergence(means, log_variances)
         loss = _squared_error(rebuilt, images) + self.divergence_weight * divergence
@@ -569,16 +573,21 @@ class VariationalAutoencoder(_ReconstructionDetector):
         # an early spike of the loss must not overflow the exponential
         return means, log_variances.clamp(-20, 10)
 
-    def _draw(self):
-        return torch.randn(self.n_samples, 1, self.network_.code_size)
-
     def _residuals(self, images, draws):
+        """Return residuals (b, h, w), means over samples; draws (n_samples, 1, d)."""
         means, log_variances = self._distributions(self.network_, images)
         spread = (log_variances / 2).exp()
         codes = means + draws.to(means.device) * spread  # (n_samples, b, d)
         rebuilt = self.network_.decode(codes.flatten(0, 1), images.shape[-2:])
         rebuilt = rebuilt.float().unflatten(0, (self.n_samples, -1))
         return rebuilt.sub_(images).square_().mean(dim=0).mean(dim=1)
+
+    def _judge(self, images, *, maps_wanted, generator):
+        shape = self.n_samples, 1, self.network_.code_size
+        # all images and crops see the same
+        draws = torch.randn(shape, generator=generator)
+        maps = self._maps(images, partial(self._residuals, draws=draws))
+        return self._degrees(maps), maps
 
 
 def _squared_error(rebuilt, images):

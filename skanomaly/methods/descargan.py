@@ -11,13 +11,17 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from .._fitting.batches import ImageBatches
+from .._fitting.loop import Samples
 from .._tensors.losses import gradient_penalty
 from .._tensors.networks import instance_norm, pad_to_multiple
-from ..base import ImageBatches, NetworkDetector, check_labels
+from .._validation import check_labels
+from ..base import NetworkDetector
 
 MAX_GRADIENT_NORM = 10.0
 
@@ -126,14 +130,33 @@ class ThreeHeadedCritic(nn.Module):
             nn.Flatten(),
             nn.Linear(16 * wide, 64),
             nn.ReLU(inplace=True),
-            nn.Dropout(0.1),
-            nn.Linear(64, 2),
         )
+        self.dropout = Dropout(0.1)
+        self.head = nn.Linear(64, 2)
         _initialise(self, nn.init.xavier_normal_)
 
     def forward(self, images):
         """Return features that all heads take."""
         return self.trunk(pad_to_multiple(images, self.stride))
+
+    def classify(self, features, generator):
+        """Return the logits (b, 2) of the healthy and the diseased class."""
+        return self.head(self.dropout(self.classifier(features), generator))
+
+
+class Dropout(nn.Module):
+    """Dropout that draws from a generator on the CPU, while it is trained."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, features, generator):
+        """Return features (b, d), of which some are zero and the others grown."""
+        if not self.training:
+            return features
+        kept = torch.rand(features.shape, generator=generator) >= self.rate
+        return features * kept.to(features.device) / (1 - self.rate)
 
 
 def _plain_unit(wide, narrow):
@@ -183,7 +206,7 @@ class DeScarGAN(NetworkDetector):
         Stop after so many epochs without a lower loss of the images held out, and go
         back to the weights of the lowest. None trains all epochs on all images.
     contamination : float, default=0.01
-        Share of the healthy training images that ``predict`` is to call anomalous.
+        Share of the training images that ``predict`` is to call anomalous.
     precision : {"float32", "bfloat16"}, default="float32"
         Precision of the network; the losses are always computed in float32.
     device : str, default="auto"
@@ -339,7 +362,7 @@ class DeScarGAN(NetworkDetector):
         tags.target_tags.required = True
         return tags
 
-    def transform_to_healthy(self, X):
+    def transform_to_healthy(self, X: ArrayLike) -> NDArray[np.float32]:
         """Return what images would look like if they were healthy.
 
         Parameters
@@ -355,7 +378,9 @@ class DeScarGAN(NetworkDetector):
         check_is_fitted(self)
         images = self._images(X)
         result = np.empty((len(images), *self.image_shape_), np.float32)
-        for rows, healthy in self._in_batches(images, self._make_healthy):
+        for rows, healthy in self._in_batches(
+            images, lambda batch, generator: self._make_healthy(batch)
+        ):
             result[rows] = healthy.permute(0, 2, 3, 1).cpu().numpy()
         return result
 
@@ -408,31 +433,33 @@ class DeScarGAN(NetworkDetector):
         images, _ = super()._training_images(X, None)
         return images, labels
 
-    def _fit(self, images, labels):
-        super()._fit(images, labels)
-        self._healthy_rows = np.flatnonzero(labels == 1)
-
-    def _set_thresholds(self, images):
-        rows = self.__dict__.pop("_healthy_rows")
-        super()._set_thresholds(ImageBatches(images.array, images.device, rows))
+    def _learn(self, images, labels, progress):
+        self._begin(images.device, progress)
+        self._train(Samples(images, labels, device=images.device), progress)
+        rows = np.flatnonzero(labels == 1)
+        healthy = ImageBatches(images.array, images.device, rows)
+        return self._evaluate(healthy, maps_wanted=True)
 
     def _losses(self, network, batch):
         generator, critic = network["generator"], network["critic"]
-        healthy = (batch.labels == 1).to(batch.images.device)
+        healthy = batch.labels == 1
         weights = _class_weights(healthy)
-        images = 2 * batch.images - 1
+        images, draws = 2 * batch.images - 1, batch.generator
         if self.flip:
-            mirrored = torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5
+            mirrored = torch.rand(len(images), 1, 1, 1, generator=draws) < 0.5
+            mirrored = mirrored.to(images.device)
             images = torch.where(mirrored, images.flip(3), images)
         # the same noise on real and generated images tells the critics nothing
-        noise = self.noise * torch.rand(images.shape).to(images.device)
+        noise = torch.rand(images.shape, generator=draws).to(images.device)
+        noise = self.noise * noise
         images = images + noise
         trains_generator = batch.step % self.n_critic == 0
         with torch.set_grad_enabled(trains_generator):
             made = [version + noise for version in generator(images)]
 
         features = critic(images)
-        loss = 5 * _classification_loss(critic, features, healthy, weights)
+        logits = critic.classify(features, draws)
+        loss = 5 * _classification_loss(logits, healthy, weights)
         for head, own, version in (
             (critic.healthy, healthy, made[0]),
             (critic.diseased, ~healthy, made[1]),
@@ -441,7 +468,10 @@ class DeScarGAN(NetworkDetector):
             on_real = (_scores(head, features) * weights)[own].sum()
             on_fake = _scores(head, critic(fake)).mean() * weights[own].sum()
             penalty = gradient_penalty(
-                lambda points, head=head: head(critic(points)), images, fake
+                lambda points, head=head: head(critic(points)),
+                images,
+                fake,
+                generator=draws,
             )
             loss = loss + 20 * (on_fake - on_real) + self.penalty_weight * penalty
         yield critic, loss
@@ -460,7 +490,8 @@ class DeScarGAN(NetworkDetector):
             features = critic(version)
             target = torch.full_like(healthy, is_target)
             loss = loss - _scores(head, features).mean()
-            loss = loss + _classification_loss(critic, features, target, None)
+            logits = critic.classify(features, draws)
+            loss = loss + _classification_loss(logits, target, None)
         yield generator, loss
 
     def _make_healthy(self, images):
@@ -468,19 +499,23 @@ class DeScarGAN(NetworkDetector):
         healthy, _ = self.network_["generator"](2 * images - 1)
         return (healthy.float() + 1) / 2
 
-    def _anomaly_maps(self, images):
-        return (images - self._make_healthy(images)).abs().mean(dim=1)
-
-    @property
-    def _scores_need_maps(self):
-        return self.image_score == "map"
-
-    def _anomaly_scores(self, images, maps):
+    def _judge(self, images, *, maps_wanted, generator):
+        maps = None
+        if maps_wanted or self.image_score == "map":
+            maps = (images - self._make_healthy(images)).abs().mean(dim=1)
         if self.image_score == "map":
-            return maps.mean(dim=(1, 2))
+            return maps.mean(dim=(1, 2)), maps
         critic = self.network_["critic"]
-        logits = critic.classifier(critic(2 * images - 1))
-        return logits.float().softmax(dim=1)[:, 1]
+        logits = critic.classify(critic(2 * images - 1), generator)
+        return logits.float().softmax(dim=1)[:, 1], maps
+
+    def _why_not_exported(self):
+        if self.image_score == "classifier":
+            return (
+                "ONNX has no adaptive pooling, which its classifier ends in; with "
+                "image_score='map' it can be"
+            )
+        return None
 
 
 def _class_weights(healthy):
@@ -495,11 +530,9 @@ def _scores(head, features):
     return head(features).float().flatten(1).mean(dim=1)
 
 
-def _classification_loss(critic, features, healthy, weights):
+def _classification_loss(logits, healthy, weights):
     """Return the cross-entropy against healthy (class 0) or diseased (class 1)."""
-    losses = F.cross_entropy(
-        critic.classifier(features).float(), (~healthy).long(), reduction="none"
-    )
+    losses = F.cross_entropy(logits.float(), (~healthy).long(), reduction="none")
     return losses.mean() if weights is None else (losses * weights).sum()
 
 

@@ -17,6 +17,7 @@ from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval
 from torch import nn
 
+from .._fitting.loop import Samples
 from .._tensors.filters import gaussian_blur
 from .._tensors.synthesis import rotate
 from ..backbones import Backbone, check_channels, last_stage, make_backbone
@@ -154,21 +155,6 @@ def describe(backbone, images, n_scales):
     return torch.cat(means, dim=1)
 
 
-class DescribedViews:
-    """Descriptions (n, n_views, d) of the rotated training images by a backbone."""
-
-    def __init__(self, backbone, descriptions, device):
-        self.backbone = backbone
-        self.descriptions = descriptions
-        self.device = device
-
-    def __len__(self):
-        return len(self.descriptions)
-
-    def __getitem__(self, indices):
-        return self.descriptions[indices].to(self.device)
-
-
 class DifferNet(NetworkDetector):
     """DifferNet: the density of an image's features by a normalizing flow.
 
@@ -202,9 +188,8 @@ class DifferNet(NetworkDetector):
         The layer whose features are pooled, such as "layer3". None takes the last one
         before the classifier.
     weights : str, path or None, default="imagenet"
-        "imagenet" downloads torchvision's weights or takes them from torch hub's cache.
-        Else the file of a state dict with torchvision's names (``.pth``,
-        ``.safetensors``), or None for random weights.
+        "imagenet" for torchvision's weights, downloaded at the first fit; the file of a
+        state dict (``.pth``, ``.safetensors``); None for random weights.
     sigma : float, default=3.0
         Standard deviation of the Gaussian filter of the gradients in pixels. It does
         not scale with the images: the smallest scale looks at every fourth pixel of any
@@ -418,37 +403,35 @@ class DifferNet(NetworkDetector):
             fused=True,
         )
 
-    def _initial_network(self, images):
-        network = self._build_network()
-        network.backbone = images.backbone
-        if self.standardize:
-            std, mean = torch.std_mean(images.descriptions.flatten(0, 1), dim=0)
-            network.flow.mean.copy_(mean)
-            network.flow.std.copy_(torch.where(std < 1e-6, 1.0, std))
-        return network
-
-    def _fit(self, images, labels):
+    def _check_settings(self):
         check_channels(self)
         self._empty_backbone()
-        if self._goes_on:
-            backbone = self.network_.backbone.to(images.device)
-        else:
-            backbone = make_backbone(
-                self.backbone, self._layers, self.weights, images.device
-            )
 
-        def describe_views(batch):
-            found = [
-                describe(backbone, views, self.n_scales).cpu()
-                for views, _, _ in self._views(batch)
-            ]
-            return torch.cat(found).unflatten(0, (-1, len(batch))).transpose(0, 1)
-
-        found = [views for _, views in self._in_batches(images, describe_views)]
-        descriptions = torch.cat(found)  # (n, n_transforms_test, d)
+    def _learn(self, images, labels, progress):
+        self._begin(images.device, progress, self._build_pretrained)
+        found = [views for _, views in self._in_batches(images, self._describe_views)]
         # what inference mode made takes no part in a training
-        described = DescribedViews(backbone, descriptions.clone(), images.device)
-        super()._fit(described, labels)
+        descriptions = torch.cat(found).clone()  # (n, n_transforms_test, d)
+        if self.standardize and not progress.goes_on:
+            std, mean = torch.std_mean(descriptions.flatten(0, 1), dim=0)
+            self.network_.flow.mean.copy_(mean)
+            self.network_.flow.std.copy_(torch.where(std < 1e-6, 1.0, std))
+        self._train(Samples(descriptions, device=images.device), progress)
+        return self._evaluate(images, maps_wanted=True)
+
+    def _build_pretrained(self):
+        backbone = make_backbone(self.backbone, self._layers, self.weights)
+        network = self._build_network()
+        network.backbone = backbone
+        return network
+
+    def _describe_views(self, images, generator):
+        """Return the descriptions (b, n_transforms_test, d) of rotated images."""
+        found = [
+            describe(self.network_.backbone, views, self.n_scales).cpu()
+            for views, _, _ in self._views(images)
+        ]
+        return torch.cat(found).unflatten(0, (-1, len(images))).transpose(0, 1)
 
     def _views(self, images):
         """Yield rotated images, some at a time, whose they are and their angles."""
@@ -460,44 +443,37 @@ class DifferNet(NetworkDetector):
 
     def _losses(self, network, batch):
         n_images, n_views = batch.images.shape[:2]
-        drawn = torch.randint(n_views, (n_images, self.n_transforms))
+        shape = n_images, self.n_transforms
+        drawn = torch.randint(n_views, shape, generator=batch.generator)
         views = batch.images[torch.arange(n_images)[:, None], drawn].flatten(0, 1)
         latent, log_determinants = network.flow(views)
         yield network.flow, _negative_log_likelihood(latent, log_determinants).mean()
 
-    def _embed(self, images):
-        return {"images": images}
-
-    def _anomaly_maps(self, embedded):
-        images = embedded["images"]
+    def _judge(self, images, *, maps_wanted, generator):
         maps = images.new_zeros(len(images), *images.shape[-2:])
-        scores = images.new_zeros(len(images))
-        for views, owners, degrees in self._views(images):
-            with torch.inference_mode(False), torch.enable_grad():
-                views = views.clone().requires_grad_()
-                latent, log_determinants = self.network_(views)
-                loss = _negative_log_likelihood(latent, log_determinants).sum()
-                (gradients,) = torch.autograd.grad(loss, views)
-            blame = gaussian_blur(rotate(gradients, -degrees), self.sigma)
-            blame = blame.abs().mean(dim=1)
+        degrees = images.new_zeros(len(images))
+        for views, owners, angles in self._views(images):
             owners = owners.to(images.device)
-            maps.index_add_(0, owners, blame)
-            scores.index_add_(0, owners, latent.detach().float().square().mean(dim=1))
-        embedded["scores"] = scores / self.n_transforms_test
-        return maps / self.n_transforms_test
+            if maps_wanted:
+                latent, gradients = self._latent_and_gradients(views)
+                blame = gaussian_blur(rotate(gradients, -angles), self.sigma)
+                maps.index_add_(0, owners, blame.abs().mean(dim=1))
+            else:
+                latent, _ = self.network_(views)
+            degrees.index_add_(0, owners, latent.float().square().mean(dim=1))
+        return degrees / self.n_transforms_test, maps / self.n_transforms_test
 
-    _scores_need_maps = False
+    def _latent_and_gradients(self, views):
+        """Return latent vectors (b, d) and the gradients (b, c, h, w) of the loss."""
+        with torch.inference_mode(False), torch.enable_grad():
+            views = views.clone().requires_grad_()
+            latent, log_determinants = self.network_(views)
+            loss = _negative_log_likelihood(latent, log_determinants).sum()
+            (gradients,) = torch.autograd.grad(loss, views)
+            return latent.detach(), gradients
 
-    def _anomaly_scores(self, embedded, maps):
-        if maps is not None:
-            return embedded["scores"]
-        images = embedded["images"]
-        scores = images.new_zeros(len(images))
-        for views, owners, _ in self._views(images):
-            latent, _ = self.network_(views)
-            latent = latent.float().square().mean(dim=1)
-            scores.index_add_(0, owners.to(images.device), latent)
-        return scores / self.n_transforms_test
+    def _why_not_exported(self):
+        return "its maps are gradients, and ONNX graphs only go forward"
 
 
 def _negative_log_likelihood(latent, log_determinants):

@@ -8,6 +8,7 @@ distance from normality rather than the look of the pasted defects.
 
 import itertools
 import os
+from functools import partial
 from numbers import Integral, Real
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from sklearn.utils._param_validation import Interval
 from torch import nn
 
+from .._fitting.loop import Samples, seeded_generator
 from .._tensors.filters import mean_filter, scaled_size
 from .._tensors.losses import focal_loss, ssim_loss
 from .._tensors.networks import ConvUnit, conv_block, pad_to_multiple
@@ -157,7 +159,7 @@ class DRAEM(NetworkDetector):
     contamination : float, default=0.01
         Share of the training images that ``predict`` is to call anomalous.
     precision : {"float32", "bfloat16"}, default="float32"
-        Precision of the networks; the losses are always computed in float32.
+        Precision of the network; the losses are always computed in float32.
     device : str, default="auto"
         Torch device. "auto" takes that of X if it is a tensor, else a GPU if there is
         one.
@@ -314,76 +316,93 @@ class DRAEM(NetworkDetector):
         milestones = [round(share * self.max_epochs) for share in (0.8, 0.9)]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
 
-    def _fit(self, images, labels):
+    def _check_settings(self):
         opacity = tuple(self.opacity)
         if len(opacity) != 2 or not 0 <= opacity[0] <= opacity[1] <= 1:
             raise ValueError(
                 f"opacity={self.opacity!r} must be a range (low, high) within [0, 1]."
             )
-        self._textures = self._load_textures()
-        try:
-            super()._fit(images, labels)
-        finally:
-            del self._textures
 
-    def _load_textures(self):
-        """Return the texture sources (n, c, h, w), uint8, in the images' size."""
-        height, width, channels = self.image_shape_
+    def _learn(self, images, labels, progress):
+        sources = self._texture_sources()
+        self._begin(images.device, progress)
+        textures = self._load_textures(sources, seeded_generator(self._seed))
+        losses = partial(self._losses, textures=textures)
+        self._train(Samples(images, device=images.device), progress, losses=losses)
+        return self._evaluate(images, maps_wanted=True)
+
+    def _texture_sources(self):
+        """Return the files, or an array of images, that textures are taken from."""
         if self.textures is None:
-            return procedural_textures(PROCEDURAL_TEXTURES, channels, height, width)
+            return None
         if isinstance(self.textures, (str, os.PathLike)):
-            textures = self._read_textures()
-        else:
-            textures = self._resize_textures()
-        if textures.shape[3] != channels:
-            textures = textures.mean(axis=3, keepdims=True).repeat(channels, axis=3)
-        return torch.from_numpy(textures.astype(np.uint8)).permute(0, 3, 1, 2)
-
-    def _read_textures(self):
-        files = image_files(self.textures, recursive=True)
-        if not files:
-            raise ValueError(f"textures={str(self.textures)!r} holds no image file.")
-        chosen = torch.randperm(len(files))[:MAX_TEXTURES].tolist()
-        return LoadImages(size=self.image_shape_[:2]).transform(
-            [files[index] for index in chosen]
-        )
-
-    def _resize_textures(self):
+            files = image_files(self.textures, recursive=True)
+            if not files:
+                raise ValueError(
+                    f"textures={str(self.textures)!r} holds no image file."
+                )
+            return files
         textures = np.asarray(self.textures)
         if textures.ndim not in (3, 4) or len(textures) == 0:
             raise ValueError(
                 f"textures has shape {textures.shape}; it must hold images "
                 "(n, h, w, c) or (n, h, w)."
             )
-        chosen = torch.randperm(len(textures))[:MAX_TEXTURES].numpy()
-        resized = ResizeImages(size=self.image_shape_[:2]).fit_transform(
-            textures[chosen]
-        )
-        return resized if resized.dtype == np.uint8 else 255 * resized.clip(0, 1)
+        return textures
 
-    def _synthesize(self, images):
+    def _load_textures(self, sources, generator):
+        """Return textures (n, c, h, w), uint8, in the images' size."""
+        *size, channels = self.image_shape_
+        if sources is None:
+            shape = PROCEDURAL_TEXTURES, channels, *size
+            return procedural_textures(*shape, generator=generator)
+        chosen = torch.randperm(len(sources), generator=generator)[:MAX_TEXTURES]
+        if isinstance(sources, list):
+            textures = LoadImages(size=size).transform([sources[i] for i in chosen])
+        else:
+            textures = ResizeImages(size=size).fit_transform(sources[chosen.numpy()])
+        if textures.dtype != np.uint8:
+            textures = 255 * textures.clip(0, 1)
+        if textures.shape[3] != channels:
+            textures = textures.mean(axis=3, keepdims=True).repeat(channels, axis=3)
+        return torch.from_numpy(textures.astype(np.uint8)).permute(0, 3, 1, 2)
+
+    def _synthesize(self, images, textures, generator):
         """Return rotated images, corrupted images and masks of what was corrupted."""
         n, _, height, width = images.shape
         device = images.device
-        turned = torch.nonzero(torch.rand(n) < IMAGE_ROTATION_PROBABILITY)[:, 0]
+
+        def rows_drawn(probability):
+            drawn = torch.rand(n, generator=generator) < probability
+            return torch.nonzero(drawn)[:, 0]
+
+        turned = rows_drawn(IMAGE_ROTATION_PROBABILITY)
         if self.rotation and len(turned):
-            angles = uniform(-self.rotation, self.rotation, len(turned))
+            most = self.rotation
+            angles = uniform(-most, most, len(turned), generator=generator)
             images = images.index_copy(
                 0, turned.to(device), rotate(images[turned], angles)
             )
 
         corrupted, masks = images.clone(), images.new_zeros(n, 1, height, width)
-        chosen = torch.nonzero(torch.rand(n) < self.anomaly_probability)[:, 0]
-        if len(chosen):
-            sources = torch.randint(len(self._textures), (len(chosen),))
-            textures = augment_textures(self._textures[sources].to(device) / 255)
-            opacity = uniform(*self.opacity, len(chosen), 1, 1, 1).to(device)
-            masks[chosen] = perlin_masks(len(chosen), height, width, device)
-            corrupted[chosen] = blend(images[chosen], textures, masks[chosen], opacity)
+        chosen = rows_drawn(self.anomaly_probability)
+        if n_chosen := len(chosen):
+            sources = torch.randint(len(textures), (n_chosen,), generator=generator)
+            textures = textures[sources].to(device) / 255
+            textures = augment_textures(textures, generator=generator)
+            opacity = uniform(*self.opacity, n_chosen, 1, 1, 1, generator=generator)
+            masks[chosen] = perlin_masks(
+                n_chosen, height, width, generator=generator, device=device
+            )
+            corrupted[chosen] = blend(
+                images[chosen], textures, masks[chosen], opacity.to(device)
+            )
         return images, corrupted, masks
 
-    def _losses(self, network, batch):
-        images, corrupted, masks = self._synthesize(batch.images)
+    def _losses(self, network, batch, textures):
+        images, corrupted, masks = self._synthesize(
+            batch.images, textures, batch.generator
+        )
         repaired, logits = network(corrupted)
 
         # the code guesses the range of SSIM from what the network returns
@@ -396,10 +415,8 @@ class DRAEM(NetworkDetector):
             + focal_loss(logits, masks[:, 0].long()),
         )
 
-    def _anomaly_maps(self, images):
+    def _judge(self, images, *, maps_wanted, generator):
         _, logits = self.network_(images)
-        return logits.float().softmax(dim=1)[:, 1]
-
-    def _anomaly_scores(self, images, maps):
+        maps = logits.float().softmax(dim=1)[:, 1]
         size = scaled_size(self.pooling_size, maps)
-        return mean_filter(maps, size).amax(dim=(1, 2))
+        return mean_filter(maps, size).amax(dim=(1, 2)), maps

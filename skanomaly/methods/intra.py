@@ -340,7 +340,7 @@ class InTra(NetworkDetector):
             self.n_blocks,
         )
 
-    def _fit(self, images, labels):
+    def _check_settings(self):
         if self.width % (2 * self.n_heads):
             raise ValueError(
                 f"width={self.width} must be a multiple of 2 * n_heads, "
@@ -352,10 +352,11 @@ class InTra(NetworkDetector):
                 f"{self._grid} patches of patch_size={self.patch_size} in images of "
                 f"shape {self.image_shape_}."
             )
-        super()._fit(images, labels)
+
+    def _survey(self, images):
         total = 0.0
-        for _, maps in self._in_batches(images, self._embed):
-            total = total + maps.sum(dim=0)
+        for _, distances in self._in_batches(images, self._distances):
+            total = total + distances.sum(dim=0)
         self.mean_map_ = (total / len(images)).cpu().numpy()
 
     def _patches(self, images):
@@ -372,16 +373,18 @@ class InTra(NetworkDetector):
         return network(embedded, positions, hidden)
 
     def _losses(self, network, batch):
-        images = batch.images
+        images, generator = batch.images, batch.generator
         n_images, channels = images.shape[:2]
         n = n_images * self.windows_per_image
+        free = [side - self.window_size for side in self._grid]
         corners = torch.stack(
-            [torch.randint(side - self.window_size + 1, (n,)) for side in self._grid], 1
+            [torch.randint(side + 1, (n,), generator=generator) for side in free], dim=1
         )
         cells = windows(
             *self._grid, self.window_size, corners=corners, device=images.device
         )  # (n, window_size ** 2)
-        hidden = torch.randint(cells.shape[1], (n,)).to(images.device)
+        hidden = torch.randint(cells.shape[1], (n,), generator=generator)
+        hidden = hidden.to(images.device)
         owners = torch.arange(n, device=images.device) % n_images
         patches = self._patches(images)
         painted = self._paint(
@@ -420,14 +423,16 @@ class InTra(NetworkDetector):
         painted = painted.transpose(1, 2).unflatten(2, (-1, n_columns))
         return F.pixel_shuffle(painted, self.patch_size)[..., :height, :width]
 
-    def _embed(self, images):
+    def _distances(self, images, generator):
         """Return the distances of images from what is painted: (b, h, w)."""
         similarity = msgms_map(self._paint_all(images), images, n_scales=N_SCALES)
         size = scaled_size(self.smoothing_size, similarity)
         return mean_filter(1 - similarity, size, padding="none")
 
-    def _anomaly_maps(self, distances):
-        if self.reference == "none":
-            return distances
-        excess = distances - shared_tensor(self.mean_map_).to(distances.device)
-        return excess.square() if self.reference == "squared" else excess.clamp(min=0)
+    def _judge(self, images, *, maps_wanted, generator):
+        maps = self._distances(images, generator)
+        if self.reference != "none":
+            excess = maps - shared_tensor(self.mean_map_).to(maps.device)
+            by_square = self.reference == "squared"
+            maps = excess.square() if by_square else excess.clamp(min=0)
+        return maps.amax(dim=(1, 2)), maps

@@ -323,19 +323,22 @@ class MemAE(NetworkDetector):
         memory = Memory(n_items, widths[-1], shrink, self.similarity)
         return MemoryAutoencoder(self.image_shape_[2], widths, memory, is_3d)
 
-    def _fit(self, images, labels):
+    def _check_settings(self):
         channels = self.channels
         if channels is not None and not (
             channels and all(isinstance(n, Integral) and n > 0 for n in channels)
         ):
             raise ValueError(f"channels={channels!r} must hold integers > 0.")
-        super()._fit(images, labels)
+
+    def _survey(self, images):
         total, n_queries = 0.0, 0
-        for _, weights in self._in_batches(
-            images, lambda x: self.network_.read(2 * x - 1)[1]
-        ):
+        for _, weights in self._in_batches(images, self._weights):
             total, n_queries = total + weights.sum(dim=0), n_queries + len(weights)
         self.item_usage_ = (total / n_queries).cpu().numpy()
+
+    def _weights(self, images, generator):
+        """Return the weights (q, n_items) of the items in all codes of images."""
+        return self.network_.read(2 * images - 1)[1]
 
     def _losses(self, network, batch):
         images = 2 * batch.images - 1
@@ -346,10 +349,8 @@ class MemAE(NetworkDetector):
             F.mse_loss(rebuilt.float(), images) + self.entropy_weight * entropy,
         )
 
-    def _anomaly_maps(self, images):
+    def _judge(self, images, *, maps_wanted, generator):
         images = 2 * images - 1
         rebuilt, _ = self.network_(images)
-        return (rebuilt - images).square().sum(dim=1).sqrt()
-
-    def _anomaly_scores(self, images, maps):
-        return maps.flatten(1).mean(dim=1)
+        maps = (rebuilt - images).square().sum(dim=1).sqrt()
+        return maps.flatten(1).mean(dim=1), maps

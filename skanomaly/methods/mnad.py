@@ -349,11 +349,10 @@ class MNAD(NetworkDetector):
     def _scheduler(self, optimizer):
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_epochs)
 
-    def _fit(self, images, labels):
-        super()._fit(images, labels)
+    def _survey(self, images):
         found = [
-            torch.stack(self._measure(squares, queries, self.network_.memory), dim=1)
-            for _, (squares, queries) in self._in_batches(images, self._process)
+            torch.stack(measures, dim=1)
+            for _, (_, *measures, _) in self._in_batches(images, self._examine)
         ]
         psnr, distance = torch.cat(found).cpu().numpy().T
         self.psnr_range_ = float(psnr.min()), float(psnr.max())
@@ -383,56 +382,59 @@ class MNAD(NetworkDetector):
         if network.training:
             network.memory = updated_memory(memory, flat.detach())
 
-    def _process(self, images, memory=None):
-        """Return the squared errors (b, h, w), values in [0, 1], and the queries."""
+    def _examine(self, images, memory=None, generator=None):
+        """Return what a memory, by default the trained one, leads to.
+
+        These are squared errors (b, h, w) of values in [0, 1], the PSNR (b,) in
+        decibels, the distance from the items (b,) and the queries (b, k, d).
+        """
+        memory = self.network_.memory if memory is None else memory
         seen, wanted = self._seen_and_wanted(images)
-        result, queries = self.network_(
-            seen, self.network_.memory if memory is None else memory
-        )
-        return ((result - wanted) / 2).square().mean(dim=1), queries
-
-    def _measure(self, squares, queries, memory):
-        """Return the PSNR (b,) in decibels and the distance from the items (b,)."""
+        result, queries = self.network_(seen, memory)
+        squares = ((result - wanted) / 2).square().mean(dim=1)
         psnr = -10 * squares.mean(dim=(1, 2)).clamp(min=1e-10).log10()
-        flat = queries.movedim(1, -1).flatten(1, 2)  # (b, k, d)
-        nearest = (flat @ memory.T).argmax(dim=2)
-        return psnr, (flat - memory[nearest]).norm(dim=2).mean(dim=1)
+        queries = queries.movedim(1, -1).flatten(1, 2)
+        nearest = (queries @ memory.T).argmax(dim=2)
+        distance = (queries - memory[nearest]).norm(dim=2).mean(dim=1)
+        return squares, psnr, distance, queries
 
-    def _evaluate(self, images, *, maps_wanted):
-        if not self.update_at_test:
-            yield from super()._evaluate(images, maps_wanted=maps_wanted)
-            return
-        self._working_memory = self.network_.memory.clone()
-        try:
-            yield from super()._evaluate(images, maps_wanted=maps_wanted)
-        finally:
-            del self._working_memory
+    def _judge(self, images, *, maps_wanted, generator):
+        squares, psnr, distance, _ = self._examine(images)
+        return self._degrees(psnr, distance), squares
 
-    def _embed(self, images):
-        """Return squared errors (b, h, w), PSNR and distance (b,) each."""
-        if not self.update_at_test:
-            squares, queries = self._process(images)
-            return squares, *self._measure(squares, queries, self.network_.memory)
-        found = []
-        for image in images.split(1):
-            memory = self._working_memory
-            squares, queries = self._process(image, memory)
-            found.append((squares, *self._measure(squares, queries, memory)))
-            weights = 1 - (-squares).exp()
-            error = (weights * squares).sum() / weights.sum().clamp(min=1e-12)
-            if error < self._default(self.update_threshold, 2):
-                flat = queries.movedim(1, -1).flatten(0, -2)
-                self._working_memory = updated_memory(memory, flat)
-        return tuple(map(torch.cat, zip(*found, strict=True)))
+    def _evaluate(self, images, *, maps_wanted, judge=None):
+        if self.update_at_test:
+            judge = self._updating_judge()
+        return super()._evaluate(images, maps_wanted=maps_wanted, judge=judge)
 
-    def _anomaly_maps(self, embedded):
-        return embedded[0]
+    def _updating_judge(self):
+        """Return a `_judge` whose memory takes in what it has called normal."""
+        memory = self.network_.memory
 
-    def _anomaly_scores(self, embedded, maps):
-        _, psnr, distance = embedded
+        def judge(images, *, maps_wanted, generator):
+            nonlocal memory
+            found = []
+            for image in images.split(1):
+                squares, psnr, distance, queries = self._examine(image, memory)
+                found.append((self._degrees(psnr, distance), squares))
+                weights = 1 - (-squares).exp()
+                error = (weights * squares).sum() / weights.sum().clamp(min=1e-12)
+                if error < self._default(self.update_threshold, 2):
+                    memory = updated_memory(memory, queries.flatten(0, 1))
+            return tuple(map(torch.cat, zip(*found, strict=True)))
+
+        return judge
+
+    def _degrees(self, psnr, distance):
+        """Mix both measures, relative to their ranges in the training images: (b,)."""
         weight = self._default(self.score_weight, 1)
         error = 1 - _relative(psnr, self.psnr_range_)
         return weight * error + (1 - weight) * _relative(distance, self.distance_range_)
+
+    def _why_not_exported(self):
+        if self.update_at_test:
+            return "with update_at_test=True its memory changes from image to image"
+        return None
 
 
 def _relative(values, limits):

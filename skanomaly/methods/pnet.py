@@ -7,16 +7,18 @@ the rebuilt image, something is anomalous.
 """
 
 import itertools
+from functools import partial
 from numbers import Integral, Real
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.base import _fit_context
+from numpy.typing import ArrayLike, NDArray
+from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
-from .._fitting.progress import content_checksum
+from .._fitting.loop import Samples
 from .._tensors.networks import (
     PatchCritic,
     adversarial_loss,
@@ -24,7 +26,8 @@ from .._tensors.networks import (
     critic_loss,
     pad_to_multiple,
 )
-from ..base import AnnotatedImages, NetworkDetector
+from .._typing import Self, fit_context
+from ..base import NetworkDetector
 from ..images import LoadImages, ResizeImages, image_files
 
 EDGE_IMAGES = 200
@@ -124,7 +127,8 @@ class PNet(NetworkDetector):
         such as the vessels of DRIVE. None takes what `fit` is given, or computes edges
         or ridges.
     structure_epochs : int, default=800
-        Number of passes over the training images to learn the structure.
+        Number of passes over the training images to learn the structure, before those
+        that learn to rebuild the images.
     adaptation_weight : float, default=1e-4
         Weight of the loss that makes structures of the training images look like those
         of the source.
@@ -144,7 +148,7 @@ class PNet(NetworkDetector):
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.
     max_epochs : int, default=800
-        Largest number of passes over the training images to learn to rebuild them.
+        Largest number of passes over the training images.
     learning_rate : float, default=1e-3
         Learning rate of Adam, reduced to a tenth after 70 % and again after 90 % of the
         epochs. The critics have a tenth of it.
@@ -325,16 +329,6 @@ class PNet(NetworkDetector):
 
     _kept_names = (*NetworkDetector._kept_names, "_knows_structure")
 
-    def _facts(self, images, labels):
-        given = dict(
-            zip(("structure_images", "structure_masks"), self._given, strict=True)
-        )
-        sums = {
-            name: None if array is None else content_checksum(array)
-            for name, array in given.items()
-        }
-        return {**super()._facts(images, labels), **sums}
-
     def _optimizer(self, part):
         rate = self.learning_rate / (10 if isinstance(part, PatchCritic) else 1)
         return torch.optim.Adam(
@@ -348,8 +342,15 @@ class PNet(NetworkDetector):
     def _scheduler(self, optimizer):
         return _in_steps(optimizer, self.max_epochs)
 
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None, *, structure_images=None, structure_masks=None):
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike | None = None,
+        *,
+        structure_images: ArrayLike | None = None,
+        structure_masks: ArrayLike | None = None,
+    ) -> Self:
         """Learn structure and texture of normal images.
 
         Parameters
@@ -372,66 +373,59 @@ class PNet(NetworkDetector):
         """
         if (structure_images is None) != (structure_masks is None):
             raise ValueError("structure_images and structure_masks belong together.")
-        self._given = structure_images, structure_masks
-        try:
-            return super().fit(X, y)
-        finally:
-            del self._given
-
-    def _fit(self, images, labels):
-        if not self._goes_on:
-            self.structure_loss_curve_ = []
-            self._knows_structure = False
-        source = None if self._knows_structure else self._source()
-        self._start(images)
-        if not self._knows_structure:
-            self._knows_structure = self._learn_structure(images, source)
-            if not self._knows_structure:
-                return
-            self._optimizers.clear()
-
-        def extract(batch):
-            self.network_["extractor"].eval()
-            with torch.no_grad():
-                return self._structure(batch)[:, 0].half().cpu().numpy()
-
-        self.network_["extractor"].requires_grad_(False)
-        self._train(
-            AnnotatedImages(images, extract),
-            None,
-            losses=self._losses,
-            scheduler=self._scheduler,
-            loss_curve=self.loss_curve_,
-            validation_curve=self.validation_curve_,
-            max_epochs=self.max_epochs,
+        return self._fit_to(
+            X, y, structure_images=structure_images, structure_masks=structure_masks
         )
 
-    def _learn_structure(self, images, source):
-        """Train the structure extractor; return whether it was finished."""
-        if source is None:
-            images, losses = (
-                AnnotatedImages(images, self._annotator(images)),
-                self._imitate,
-            )
-        else:
-            self._structures = [part.to(images.device) for part in source]
-            losses = self._transfer
-        try:
-            return self._train(
-                images,
-                None,
-                losses=losses,
-                scheduler=lambda optimizer: _in_steps(optimizer, self.structure_epochs),
-                loss_curve=self.structure_loss_curve_,
-                validation_curve=[],
-                max_epochs=self.structure_epochs,
-            )
-        finally:
-            self.__dict__.pop("_structures", None)
+    def _learn(self, images, labels, progress, *, structure_images, structure_masks):
+        knows_structure = progress.goes_on and self._knows_structure
+        source = None
+        if not knows_structure:
+            source = self._source(structure_images, structure_masks)
+        if not progress.goes_on:
+            self.structure_loss_curve_ = []
+            self._knows_structure = False
+        self._begin(images.device, progress)
+        if not knows_structure:
+            self._knows_structure = self._learn_structure(images, source, progress)
+        if self._knows_structure:
+            if not knows_structure:
+                self._optimizers.clear()  # of the part that is not trained any more
+            self._learn_texture(images, progress)
+        return self._evaluate(images, maps_wanted=True)
 
-    def _source(self):
+    def _learn_structure(self, images, source, progress):
+        """Train the structure extractor; return whether it was finished."""
+        samples, losses = Samples(images, device=images.device), self._imitate
+        if source is None:
+            samples.notes = self._computed_structures(images)
+        else:
+            source = [part.to(images.device) for part in source]
+            losses = partial(self._transfer, source=source)
+        return self._train(
+            samples,
+            progress,
+            losses=losses,
+            scheduler=lambda optimizer: _in_steps(optimizer, self.structure_epochs),
+            loss_curve=self.structure_loss_curve_,
+            validation_curve=[],
+            max_epochs=self.structure_epochs,
+        )
+
+    def _learn_texture(self, images, progress):
+        """Train the reconstructor on the structures that the extractor finds."""
+        extractor = self.network_["extractor"].eval().requires_grad_(False)
+
+        def extract(batch, generator):
+            return extractor(batch).float().sigmoid()[:, 0].half().cpu()
+
+        found = [structures for _, structures in self._in_batches(images, extract)]
+        # what inference mode made takes no part in a training
+        notes = torch.cat(found).clone()  # (n, h, w)
+        self._train(Samples(images, notes=notes, device=images.device), progress)
+
+    def _source(self, images, masks):
         """Return images (m, c, h, w) and masks (m, 1, h, w) of the source, or None."""
-        images, masks = self._given
         size, channels = self.image_shape_[:2], self.image_shape_[2]
         if images is None and self.structure_source is None:
             return None
@@ -464,8 +458,8 @@ class PNet(NetworkDetector):
             images = images.mean(dim=1, keepdim=True).expand(-1, channels, -1, -1)
         return [images, masks]
 
-    def _annotator(self, images):
-        """Return the function that computes the structures of images (b, c, h, w)."""
+    def _computed_structures(self, images):
+        """Return edges or ridges of images: (n, h, w)."""
         from skimage.filters import gaussian, sato, sobel
 
         def strengths(batch):
@@ -489,19 +483,24 @@ class PNet(NetworkDetector):
         sample = [strengths(images[[i]]) for i in chosen[:EDGE_IMAGES]]
         # a step of one grey level is no edge, however flat the images
         strong = max(np.quantile(np.concatenate(sample), EDGE_QUANTILE), 1 / 255)
-        return lambda batch: (strengths(batch) / strong).clip(0, 1).astype(np.float16)
+        found = [
+            (strengths(images[rows]) / strong).clip(0, 1).astype(np.float16)
+            for rows in gen_batches(len(images), self.batch_size)
+        ]
+        return torch.from_numpy(np.concatenate(found))
 
     def _imitate(self, network, batch):
-        images, structure = batch.images[:, :-1], batch.images[:, -1:]
-        logits = network["extractor"](images).float()
+        logits = network["extractor"](batch.images).float()
+        structure = batch.notes[:, None].float()
         yield (
             network["extractor"],
             F.binary_cross_entropy_with_logits(logits, structure),
         )
 
-    def _transfer(self, network, batch):
-        images, masks = self._structures
-        drawn = torch.randint(len(images), (len(batch.images),))
+    def _transfer(self, network, batch, source):
+        images, masks = source
+        n = len(batch.images)
+        drawn = torch.randint(len(images), (n,), generator=batch.generator)
         images, masks = images[drawn], masks[drawn]
         found = network["extractor"](batch.images).float().sigmoid()
         critic = network["structure_critic"]
@@ -515,7 +514,7 @@ class PNet(NetworkDetector):
             + self.adaptation_weight * adversarial_loss(critic, found),
         )
 
-    def extract_structure(self, X):
+    def extract_structure(self, X: ArrayLike) -> NDArray[np.float32]:
         """Return the structures that images show, such as vessels or edges.
 
         Parameters
@@ -530,7 +529,9 @@ class PNet(NetworkDetector):
         """
         images = self._images(X)
         result = np.empty((len(images), *self.image_shape_[:2]), np.float32)
-        for rows, structure in self._in_batches(images, self._structure):
+        for rows, structure in self._in_batches(
+            images, lambda batch, generator: self._structure(batch)
+        ):
             result[rows] = structure[:, 0].cpu().numpy()
         return result
 
@@ -540,7 +541,7 @@ class PNet(NetworkDetector):
 
     def _losses(self, network, batch):
         network["extractor"].eval()
-        images, structure = batch.images[:, :-1], batch.images[:, -1:]
+        images, structure = batch.images, batch.notes[:, None].float()
         rebuilt = network["reconstructor"](structure, images)
         critic = network["critic"]
 
@@ -553,15 +554,14 @@ class PNet(NetworkDetector):
             + self.structure_weight * F.l1_loss(self._structure(rebuilt), structure),
         )
 
-    def _anomaly_maps(self, images):
+    def _judge(self, images, *, maps_wanted, generator):
         structure = self._structure(images)
         rebuilt = self.network_["reconstructor"](structure, images).float()
         by_image = (images - rebuilt).abs().mean(dim=1)
         by_structure = (structure - self._structure(rebuilt)).abs()[:, 0]
-        return (1 - self.score_weight) * by_image + self.score_weight * by_structure
-
-    def _anomaly_scores(self, images, maps):
-        return maps.mean(dim=(1, 2))
+        weight = self.score_weight
+        maps = (1 - weight) * by_image + weight * by_structure
+        return maps.mean(dim=(1, 2)), maps
 
 
 def _in_steps(optimizer, max_epochs):

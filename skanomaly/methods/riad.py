@@ -209,24 +209,25 @@ class RIAD(NetworkDetector):
         milestones = [round(5 / 6 * self.max_epochs)]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
-    def _fit(self, images, labels):
+    def _check_settings(self):
         sizes = self.cell_sizes
         if not sizes or not all(isinstance(s, Integral) and s > 0 for s in sizes):
             raise ValueError(f"cell_sizes={sizes!r} must hold one or more sizes >= 1.")
-        super()._fit(images, labels)
 
-    def _masks(self, images, cell_size):
+    def _masks(self, images, cell_size, generator):
         return disjoint_masks(
             *images.shape[-2:],
             cell_size=cell_size,
             n_masks=self.n_masks,
+            generator=generator,
             device=images.device,
         )
 
     def _losses(self, network, batch):
-        images = batch.images
-        drawn = int(torch.randint(len(self.cell_sizes), ()))
-        painted = network(images, self._masks(images, self.cell_sizes[drawn]))
+        images, generator = batch.images, batch.generator
+        drawn = int(torch.randint(len(self.cell_sizes), (), generator=generator))
+        masks = self._masks(images, self.cell_sizes[drawn], generator)
+        painted = network(images, masks)
         yield (
             network,
             F.mse_loss(2 * painted, 2 * images)
@@ -234,12 +235,12 @@ class RIAD(NetworkDetector):
             + ssim_loss(painted, images),
         )
 
-    def _anomaly_maps(self, images):
-        similarity = torch.stack(
-            [
-                msgms_map(self.network_(images, self._masks(images, size)), images)
-                for size in self.cell_sizes
-            ]
-        ).mean(dim=0)
+    def _judge(self, images, *, maps_wanted, generator):
+        similarities = []
+        for size in self.cell_sizes:
+            painted = self.network_(images, self._masks(images, size, generator))
+            similarities.append(msgms_map(painted, images))
+        similarity = torch.stack(similarities).mean(dim=0)
         size = scaled_size(self.smoothing_size, similarity)
-        return mean_filter(1 - similarity, size, padding="none")
+        maps = mean_filter(1 - similarity, size, padding="none")
+        return maps.amax(dim=(1, 2)), maps

@@ -274,16 +274,17 @@ class SCADN(NetworkDetector):
             part.parameters(), lr=rate, betas=(0.0, 0.9), fused=True
         )
 
-    def _fit(self, images, labels):
+    def _check_settings(self):
         counts = self.stripes
         valid = (isinstance(n, Integral) and n > 0 and n % 2 == 0 for n in counts)
         if not counts or not all(valid):
             raise ValueError(
                 f"stripes={counts!r} must hold one or more even numbers >= 2."
             )
-        super()._fit(images, labels)
+
+    def _survey(self, images):
         total = 0.0
-        for _, errors in self._in_batches(images, self._embed):
+        for _, errors in self._in_batches(images, self._errors):
             total = total + errors.mean(dim=(2, 3)).sum(dim=0)  # (n_stripes,)
         self.stripe_errors_ = (total / len(images)).cpu().numpy()
 
@@ -299,7 +300,8 @@ class SCADN(NetworkDetector):
     def _losses(self, network, batch):
         images = batch.images
         masks = self._masks(images).flatten(0, 1)
-        masks = masks[torch.randint(len(masks), (len(images),))]  # (b, 1, h, w)
+        drawn = torch.randint(len(masks), (len(images),), generator=batch.generator)
+        masks = masks[drawn]  # (b, 1, h, w)
         painted = network["generator"](images, masks)
 
         yield (
@@ -315,7 +317,7 @@ class SCADN(NetworkDetector):
             + self.adversarial_weight * adversarial_loss(network["critic"], painted),
         )
 
-    def _embed(self, images):
+    def _errors(self, images, generator):
         """Return the errors of every number of stripes: (b, n_stripes, h, w)."""
         errors = []
         for masks in self._masks(images):
@@ -325,14 +327,12 @@ class SCADN(NetworkDetector):
             errors.append(hidden.unflatten(0, (4, -1)).amax(dim=0))
         return torch.stack(errors, dim=1)
 
-    def _anomaly_maps(self, errors):
+    def _judge(self, images, *, maps_wanted, generator):
+        errors = self._errors(images, generator)
         usual = shared_tensor(self.stripe_errors_).to(errors.device)
         chosen = (errors.mean(dim=(2, 3)) - usual).argmax(dim=1)  # (b,)
         maps = errors[torch.arange(len(errors)), chosen]
         size = scaled_size(self.smoothing_size, maps)
-        return mean_filter(maps, size, padding="none")
-
-    def _anomaly_scores(self, errors, maps):
-        return (
-            maps.mean(dim=(1, 2)) if self.image_score == "mean" else maps.amax((1, 2))
-        )
+        maps = mean_filter(maps, size, padding="none")
+        by_mean = self.image_score == "mean"
+        return maps.mean(dim=(1, 2)) if by_mean else maps.amax(dim=(1, 2)), maps

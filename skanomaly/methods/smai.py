@@ -14,11 +14,12 @@ from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
+from .._fitting.loop import Samples
 from .._tensors.filters import mean_filter, scaled_size
 from .._tensors.losses import ssim_loss
 from .._tensors.masking import superpixels
 from .._tensors.networks import InpaintingUNet
-from ..base import AnnotatedImages, NetworkDetector
+from ..base import NetworkDetector
 
 SUPERPIXELS_AT_ONCE = 32
 
@@ -219,7 +220,7 @@ class SMAI(NetworkDetector):
         milestones = [round(0.8 * self.max_epochs)]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
-    def _fit(self, images, labels):
+    def _check_settings(self):
         fraction = tuple(self.hidden_fraction)
         is_pair = len(fraction) == 2 and all(isinstance(f, Real) for f in fraction)
         if not is_pair or not 0 <= fraction[0] <= fraction[1] <= 1:
@@ -227,38 +228,43 @@ class SMAI(NetworkDetector):
                 f"hidden_fraction={self.hidden_fraction!r} must be a range (low, high) "
                 "within [0, 1]."
             )
-        annotated = AnnotatedImages(images, self._segment)
-        super()._fit(annotated, labels)
-        self._annotated = annotated
 
-    def _set_thresholds(self, images):
-        # the superpixels of the training are not searched again
-        super()._set_thresholds(self.__dict__.pop("_annotated"))
+    def _learn(self, images, labels, progress):
+        self._begin(images.device, progress)
+        segments = torch.cat([s for _, s in self._in_batches(images, self._segments)])
+        samples = Samples(images, notes=segments.int(), device=images.device)
+        self._train(samples, progress)
+        known = iter(segments.split(self.batch_size))
 
-    def _segment(self, images):
-        """Return the numbers (b, h, w) of the superpixels of images, as an array."""
+        def judge(batch, **wanted):
+            return self._judge(batch, segments=next(known), **wanted)
+
+        return self._evaluate(images, maps_wanted=True, judge=judge)
+
+    def _segments(self, images, generator=None):
+        """Return the numbers (b, h, w) of the superpixels of images, on the CPU."""
         labels = [
             superpixels(image, n_segments=self.n_segments, compactness=self.compactness)
             for image in images.permute(0, 2, 3, 1).cpu().numpy()
         ]
-        return np.stack(labels).astype(np.int32)
+        return torch.from_numpy(np.stack(labels).astype(np.int32))
 
-    def _hide_superpixels(self, labels):
+    def _hide_superpixels(self, labels, generator):
         """Draw masks (b, 1, h, w) that hide superpixels of each image, but not all."""
         counts = labels.amax(dim=(1, 2)) + 1  # (b,)
         low, high = self.hidden_fraction
-        share = low + (high - low) * torch.rand(len(labels))
+        share = low + (high - low) * torch.rand(len(labels), generator=generator)
         n_hidden = (share * counts.cpu()).round().clamp(min=1)
         n_hidden = torch.minimum(n_hidden, (counts.cpu() - 1).clamp(min=1))
-        lots = torch.rand(len(labels), int(counts.max()))
+        lots = torch.rand(len(labels), int(counts.max()), generator=generator)
         lots[torch.arange(lots.shape[1]) >= counts.cpu()[:, None]] = 2.0
         hidden = lots.argsort(dim=1).argsort(dim=1) < n_hidden[:, None]
         hidden = hidden.to(labels.device).gather(1, labels.flatten(1))
         return hidden.view(labels.shape)[:, None].float()
 
     def _losses(self, network, batch):
-        images, labels = batch.images[:, :-1], batch.images[:, -1].long()
-        masks = self._hide_superpixels(labels)
+        images = batch.images
+        masks = self._hide_superpixels(batch.notes.long(), batch.generator)
         painted = network(images, masks)
         loss = 0.0
         if self.loss != "ssim":
@@ -268,13 +274,8 @@ class SMAI(NetworkDetector):
             loss = loss + ssim_loss(painted, images)
         yield network, loss
 
-    def _embed(self, images):
-        """Return the squared errors and the numbers of superpixels, (b, h, w) both."""
-        if images.shape[1] == self.image_shape_[2]:
-            labels = torch.from_numpy(self._segment(images)).to(images.device)
-        else:
-            images, labels = images[:, :-1], images[:, -1]
-        labels = labels.long()
+    def _errors(self, images, labels):
+        """Return the squared errors (b, h, w) where each superpixel is repainted."""
         counts = labels.amax(dim=(1, 2)) + 1
         owners = torch.arange(len(images), device=images.device)
         owners = owners.repeat_interleave(counts)  # (n,): whose superpixel it is
@@ -286,18 +287,26 @@ class SMAI(NetworkDetector):
             painted = self.network_(images[owner], masks)
             squares = (painted - images[owner]).square().mean(dim=1)
             errors.index_add_(0, owner, squares)
-        return errors, labels
+        return errors
 
-    def _anomaly_maps(self, embedded):
-        errors, _ = embedded
+    def _judge(self, images, *, maps_wanted, generator, segments=None):
+        if segments is None:
+            segments = self._segments(images)
+        labels = segments.to(images.device).long()
+        errors = self._errors(images, labels)
+        degrees = _largest_mean(errors.flatten(1), labels.flatten(1))
+        if not maps_wanted:
+            return degrees, None
         size = scaled_size(self.smoothing_size, errors)
-        return mean_filter(errors, size, padding="none")
+        return degrees, mean_filter(errors, size, padding="none")
 
-    _scores_need_maps = False
+    def _why_not_exported(self):
+        return "its superpixels differ in number from image to image"
 
-    def _anomaly_scores(self, embedded, maps):
-        errors, labels = (tensor.flatten(1) for tensor in embedded)
-        sums = errors.new_zeros(len(labels), int(labels.max()) + 1)
-        areas = torch.zeros_like(sums).scatter_add_(1, labels, torch.ones_like(errors))
-        sums.scatter_add_(1, labels, errors)
-        return (sums / areas.clamp(min=1)).amax(dim=1)
+
+def _largest_mean(errors, labels):
+    """Return the largest of the mean errors of superpixels: (b,) of (b, h * w)."""
+    sums = errors.new_zeros(len(labels), int(labels.max()) + 1)
+    areas = torch.zeros_like(sums).scatter_add_(1, labels, torch.ones_like(errors))
+    sums.scatter_add_(1, labels, errors)
+    return (sums / areas.clamp(min=1)).amax(dim=1)

@@ -7,6 +7,7 @@ nothing similar is found, it is anomalous.
 """
 
 import os
+from functools import partial
 from numbers import Integral, Real
 
 import numpy as np
@@ -14,18 +15,21 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
+from torch import nn
 from tqdm.auto import tqdm
 
-from .._fitting.loop import autocast
-from .._fitting.persistence import shared_tensor
+from .._fitting.batches import resolve_device
+from .._fitting.loop import autocast, seeded
+from .._fitting.persistence import channels_last, forget, shared_tensor
 from .._fitting.processes import Processes
 from .._tensors.filters import gaussian_blur
 from .._tensors.neighbors import ApproximateIndex, nearest_distances
 from ..backbones import Backbone, check_channels, make_backbone
-from ..base import BaseDetector, resolve_device
+from ..base import BaseDetector
 
 SIGMA_IMAGE_SIZE = 224
 MAP_THRESHOLD_IMAGES = 20
+N_CANDIDATES = 4
 
 
 class SPADE(BaseDetector):
@@ -65,8 +69,7 @@ class SPADE(BaseDetector):
     batch_size : int, default=8
         Number of images a batch.
     contamination : float, default=0.01
-        Share of the training images that are taken for anomalous when thresholds are
-        set.
+        Share of the training images that ``predict`` is to call anomalous.
     precision : {"float32", "bfloat16"}, default="float32"
         Precision of the network; the search is always made in float32.
     device : str, default="auto"
@@ -91,12 +94,11 @@ class SPADE(BaseDetector):
     offset_ : float
         Threshold of ``score_samples`` below which ``predict`` calls an image anomalous.
     map_threshold_ : float
-        Threshold of the maps above which ``segment`` marks a pixel. With
-        ``image_score="knn"`` it is computed when first asked for.
+        Threshold of the maps above which ``segment`` marks a pixel.
     image_shape_ : tuple of int
-        Shape (H, W, C) of the images, or of the finest layer if X is precomputed.
+        Shape (H, W, C) of the images.
     n_features_in_ : int
-        Number of values an image.
+        H * W * C.
     feature_names_in_ : numpy.ndarray of shape (n_features,)
         Names of the columns; only where X was a data frame of rows.
 
@@ -120,10 +122,12 @@ class SPADE(BaseDetector):
     - Thresholds come from leave-one-out scores: a training image has a distance of
       zero to itself, so its own score says nothing about new images. Those that need
       maps (``map_threshold_``, and ``offset_`` with ``image_score="max"``) are computed
-      from at most 20 training images, and by exact search.
+      from at most 20 training images, and by exact search. ``gallery_size=0`` saves
+      these maps to a fit from which only scores are wanted.
     - Images are taken as they are: the paper resizes the shorter side to 256 pixels
       and crops the centre of 224 (``ResizeImages``, ``CenterCropImages``).
-    - If X is precomputed, the map is smoothed on the grid of the finest layer.
+    - If X is precomputed, ``image_shape_`` and the maps are those of the finest layer,
+      and ``n_features_in_`` counts the values of all layers.
 
     The search takes ``2 * channels * positions**2 * gallery_size`` operations for each
     layer of an image. At 224 pixels layer1 has 3136 positions and costs 88 % of the
@@ -200,14 +204,6 @@ class SPADE(BaseDetector):
         self.random_state = random_state
         self.verbose = verbose
 
-    def __getattr__(self, name):
-        # no property: dir() and scikit-learn's display would compute it
-        if name != "map_threshold_" or not self.__dict__.get("gallery_"):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        peaks = self._leave_one_out_peaks(self._some_rows())
-        self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)
-        return self.map_threshold_
-
     def _build_network(self):
         return Backbone(self.backbone, self._stored_layers)
 
@@ -254,7 +250,7 @@ class SPADE(BaseDetector):
             )
         return X
 
-    def _fit(self, images, labels):
+    def _check_settings(self):
         if not self.layers:
             raise ValueError("layers is empty; SPADE needs at least one layer.")
         if self.image_score == "max" and not self.gallery_size:
@@ -262,21 +258,36 @@ class SPADE(BaseDetector):
                 "image_score='max' needs maps, but gallery_size=0 keeps no features "
                 "for them; take image_score='knn'."
             )
-        for name in ("network_", "indices_", "map_threshold_"):
-            self.__dict__.pop(name, None)
         if self.backbone != "precomputed":
             check_channels(self)
-            self.network_ = make_backbone(
-                self.backbone,
-                tuple(self.layers),
-                self.weights,
-                images.device,
-                with_last_stage=True,
-            )
-            self._stored_layers = self.network_.layers
+
+    def _fit(self, images, labels):
+        forget(self, "network_", "indices_")
+        self._begin_anew()
+        if self.backbone != "precomputed":
+            with seeded(self._seed):
+                network = make_backbone(
+                    self.backbone,
+                    tuple(self.layers),
+                    self.weights,
+                    with_last_stage=True,
+                )
+            self.network_ = channels_last(network.to(images.device))
+            self._stored_layers = network.layers
         else:
             self._stored_layers = images.array.dtype.names
+        self._store_features(images)
+        if self.algorithm == "nndescent":
+            self.indices_ = {
+                layer: ApproximateIndex(
+                    gallery.reshape(-1, gallery.shape[-1]), self._seed
+                )
+                for layer, gallery in self.gallery_.items()
+            }
+        return self._leave_one_out(self._some_rows())
 
+    def _store_features(self, images):
+        """Fill embeddings and gallery; each process computes its share of them."""
         n = len(images)
         processes = Processes()
         shares = processes.shares(list(gen_batches(n, self.batch_size)))
@@ -298,47 +309,31 @@ class SPADE(BaseDetector):
                 progress.update(len(pooled))
         for array in (self.embeddings_, *self.gallery_.values()):
             processes.gather(shares, array)
-        if self.algorithm == "nndescent":
-            self.indices_ = {
-                layer: ApproximateIndex(
-                    gallery.reshape(-1, gallery.shape[-1]), self._seed
-                )
-                for layer, gallery in self.gallery_.items()
-            }
 
     def _features(self, images):
         """Return the features by layer and the pooled ones (b, d) of the last layer."""
         features = images if self.backbone == "precomputed" else self.network_(images)
         return features, features[self._stored_layers[-1]].mean(dim=(2, 3))
 
-    def _embed(self, images):
-        """Return the features, and the distances and rows of the nearest images."""
+    def _judge(self, images, *, maps_wanted, generator):
         features, pooled = self._features(images)
         n_wanted = max(self.n_neighbors, self.gallery_size)
         embeddings = shared_tensor(self.embeddings_).to(pooled.device)
         distances, neighbors = nearest_distances(
             pooled, embeddings, n_neighbors=min(n_wanted, len(embeddings))
         )
-        return features, distances, neighbors
+        maps = None
+        if maps_wanted or self.image_score == "max":
+            search = partial(self._search_gallery, neighbors=neighbors)
+            by_index = self.algorithm == "nndescent"
+            maps = self._maps(features, self._search_index if by_index else search)
+        return self._degrees(distances, maps), maps
 
-    @property
-    def _scores_need_maps(self):
-        return self.image_score == "max"
-
-    def _anomaly_scores(self, embedded, maps):
+    def _degrees(self, distances, maps):
+        """Return the degrees of anomaly (b,) by nearest images or by the map."""
         if self.image_score == "max":
             return maps.amax(dim=(1, 2))
-        _, distances, _ = embedded
         return distances[:, : self.n_neighbors].mean(dim=1)
-
-    def _anomaly_maps(self, embedded):
-        features, _, neighbors = embedded
-        if self.algorithm == "nndescent":
-            return self._maps(features, self._search_index)
-        return self._maps(
-            features,
-            lambda layer, queries: self._search_gallery(layer, queries, neighbors),
-        )
 
     def _maps(self, features, search):
         """Average the distances that ``search`` finds over the layers; smooth them."""
@@ -384,33 +379,28 @@ class SPADE(BaseDetector):
         found, _ = index.search(queries.flatten(0, 1), n_neighbors)
         return found.view(*queries.shape[:2], -1)
 
-    def _scores_and_peaks(self, images):
+    def _scores_and_peaks(self, X):
         if self.gallery_size:
-            return super()._scores_and_peaks(images)
-        batches = self._evaluate(images, maps_wanted=False)
-        return -np.concatenate([scores for _, scores, _ in batches]), None
+            return super()._scores_and_peaks(X)
+        return self.score_samples(X), None
 
-    def _set_thresholds(self, images):
-        if self.image_score == "max":
-            peaks = self._leave_one_out_peaks(self._some_rows())
-            self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)
-            scores = -peaks
-        else:
-            scores = self._leave_one_out_scores()
-        self.offset_ = np.percentile(scores, 100 * self.contamination)
+    def _why_not_leave_one_out(self):
+        if self.algorithm == "nndescent":
+            return "it searches exactly, but algorithm='nndescent' does not"
+        return None
 
-    def _leave_one_out(self):
-        """Return scores and maxima of the maps of the training images, as if new."""
-        if not self.gallery_size:
-            return self._leave_one_out_scores(), None
-        peaks = self._leave_one_out_peaks(np.arange(len(self.embeddings_)))
-        by_map = self.image_score == "max"
-        return -peaks if by_map else self._leave_one_out_scores(), peaks
+    def _leave_one_out(self, rows=None):
+        """Return degrees and maxima of the maps of the training images, as if new.
 
-    def _leave_one_out_scores(self):
+        Maps are those of some rows, by default of all.
+        """
         everything = np.arange(len(self.embeddings_))
         distances, _ = self._other_images(everything, self.n_neighbors)
-        return -distances.mean(dim=1).double().numpy()
+        degrees = distances.mean(dim=1).double().numpy()
+        if not self.gallery_size:
+            return degrees, None
+        peaks = self._leave_one_out_peaks(everything if rows is None else rows)
+        return peaks if self.image_score == "max" else degrees, peaks
 
     def _some_rows(self):
         """Return the rows of the training images whose maps set the thresholds."""
@@ -444,6 +434,61 @@ class SPADE(BaseDetector):
 
             peaks.append(self._maps(features, search).amax().item())
         return np.array(peaks)
+
+    def _why_not_exported(self):
+        if self.algorithm != "brute":
+            return "its approximate index is not made of ONNX operators"
+        if self.backbone == "precomputed" or not self.gallery_size:
+            return "it has no backbone or no gallery of its own"
+        return None
+
+    def _as_module(self):
+        return SPADEModule(self)
+
+
+class SPADEModule(nn.Module):
+    """SPADE with its search as plain products, one gallery image after the other."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.network = detector.network_
+        self.detector = (detector,)  # hidden from torch
+        self.register_buffer("embeddings", torch.from_numpy(detector.embeddings_))
+        for layer, gallery in detector.gallery_.items():
+            self.register_buffer(f"gallery_{layer}", torch.from_numpy(gallery))
+
+    def forward(self, images):
+        """Return maps (b, H, W) and scores (b,) of images (b, H, W, C)."""
+        (detector,) = self.detector
+        features, pooled = detector._features(images.permute(0, 3, 1, 2).float() / 255)
+        distances = (pooled[:, None] - self.embeddings).norm(dim=2)
+        n_wanted = max(detector.n_neighbors, detector.gallery_size)
+        distances, neighbors = distances.topk(
+            min(n_wanted, len(self.embeddings)), largest=False
+        )
+        maps = detector._maps(features, partial(self._search, neighbors=neighbors))
+        return maps, -detector._degrees(distances, maps)
+
+    def _search(self, layer, queries, neighbors):
+        """Return the distances (b, p, k) of queries (b, p, c) to images' features."""
+        (detector,) = self.detector
+        gallery = getattr(self, f"gallery_{layer}").flatten(1, 2)  # (n, q, c)
+        neighbors = neighbors[:, : detector.gallery_size]
+        center = gallery[neighbors[:, 0]].mean(dim=1, keepdim=True)  # (b, 1, c)
+        centred, candidates = queries - center, []
+        for rows in neighbors.unbind(dim=1):
+            images = gallery[rows]  # (b, q, c)
+            others = images - center
+            # half the squared norm of the query less half the squared distance
+            closeness = centred @ others.mT - others.square().sum(dim=2)[:, None] / 2
+            n_kept = min(detector.n_pixel_neighbors + N_CANDIDATES, images.shape[1])
+            kept = closeness.topk(n_kept, dim=2).indices  # (b, p, n_kept)
+            index = kept.flatten(1)[..., None].expand(-1, -1, images.shape[2])
+            nearest = images.gather(1, index).unflatten(1, kept.shape[1:])
+            candidates.append((nearest - queries[:, :, None]).norm(dim=3))
+        distances = torch.cat(candidates, dim=2)  # (b, p, n_images * n_kept)
+        n_neighbors = min(detector.n_pixel_neighbors, distances.shape[2])
+        return distances.topk(n_neighbors, dim=2, largest=False).values
 
 
 def _as_rows(features):

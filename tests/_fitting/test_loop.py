@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import skanomaly._fitting.loop
-from skanomaly._fitting.loop import train
+from skanomaly._fitting import loop
+from skanomaly._fitting.loop import Optimizers, Samples, train
 from skanomaly._tensors.losses import ssim_loss
 
 
@@ -36,23 +36,31 @@ def mean_loss(network, batch):
     yield network, (network(batch.images) - 1).square().mean()
 
 
-def fit(network, images, losses, *, optimizers=None, loss_curve=None, **settings):
+def descent(part):
+    return torch.optim.SGD(part.parameters(), lr=0.5)
+
+
+def fit(
+    network,
+    images,
+    losses,
+    *,
+    labels=None,
+    optimizer=descent,
+    scheduler=lambda optimizer: None,
+    optimizers=None,
+    loss_curve=None,
+    **settings,
+):
     """Train with plain gradient descent; return optimisers and loss curve."""
     optimizers = {} if optimizers is None else optimizers
     loss_curve = [] if loss_curve is None else loss_curve
-    settings = {
-        "optimizer": lambda part: torch.optim.SGD(part.parameters(), lr=0.5),
-        "validation_curve": [],
-        "scheduler": lambda optimizer: None,
-        "max_epochs": 1,
-        "batch_size": 4,
-        **settings,
-    }
+    settings = {"validation_curve": [], "max_epochs": 1, "batch_size": 4, **settings}
     train(
         network,
-        images,
+        Samples(images, labels),
         losses=losses,
-        optimizers=optimizers,
+        optimizers=Optimizers(optimizers, optimizer, scheduler),
         loss_curve=loss_curve,
         **settings,
     )
@@ -256,8 +264,8 @@ def test_a_silent_fit_prints_nothing(capsys):
 
 
 def test_a_long_silent_fit_warns_once(monkeypatch, capsys):
-    monkeypatch.setattr(skanomaly._fitting.loop, "FIRST_SECONDS", 0)
-    monkeypatch.setattr(skanomaly._fitting.loop, "LONG_FIT_SECONDS", 1e-9)
+    monkeypatch.setattr(loop, "FIRST_SECONDS", 0)
+    monkeypatch.setattr(loop, "LONG_FIT_SECONDS", 1e-9)
     with pytest.warns(UserWarning, match=r"will take about .* hours") as record:
         fit(Scale(), constant_images(8), mean_loss, max_epochs=5)
     assert len(record) == 1
@@ -271,8 +279,8 @@ def test_a_long_silent_fit_warns_once(monkeypatch, capsys):
 def test_the_estimated_time_is_that_of_all_epochs(monkeypatch):
     """One second a batch, 2 batches an epoch, 7200 epochs: 4 hours."""
     clock = itertools.count()
-    monkeypatch.setattr(skanomaly._fitting.loop.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(skanomaly._fitting.loop, "FIRST_SECONDS", 2)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(loop, "FIRST_SECONDS", 2)
 
     def losses(network, batch):
         if batch.step == 3:
@@ -318,7 +326,7 @@ def seen_and_held_out(n, **settings):
     seen, held_out = [], []
 
     def losses(network, batch):
-        draw = torch.rand(()).item()
+        draw = torch.rand((), generator=batch.generator).item()
         (seen if network.training else held_out).append((numbers_of(batch), draw))
         yield from mean_loss(network, batch)
 

@@ -12,14 +12,9 @@ import torch
 from skanomaly import MNAD, Autoencoder, MemAE, version
 
 
-def random_images(n, seed=0):
-    return np.random.default_rng(seed).random((n, 32, 32, 1))
-
-
 @pytest.fixture(scope="module")
-def fitted():
-    detector = Autoencoder(code_size=8, width=8, max_epochs=2, random_state=0)
-    return detector.fit(random_images(8))
+def fitted(random_images, small):
+    return small(Autoencoder, width=8, max_epochs=2).fit(random_images(8, 32, 32, 1))
 
 
 def mapped_files():
@@ -35,11 +30,11 @@ def mapped_files():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_processes_share_the_weights_of_a_mapped_file(fitted, tmp_path):
+def test_processes_share_the_weights_of_a_mapped_file(fitted, tmp_path, random_images):
     file = tmp_path / "detector.joblib"
     joblib.dump(fitted, file)
     shared, own = joblib.load(file, mmap_mode="r"), joblib.load(file)
-    X = random_images(3, seed=1)
+    X = random_images(3, 32, 32, 1, seed=1)
     np.testing.assert_array_equal(shared.localize(X), fitted.localize(X))
     ranges = [(a, b) for a, b, path in mapped_files() if path == str(file)]
 
@@ -54,19 +49,14 @@ def test_processes_share_the_weights_of_a_mapped_file(fitted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "detector",
-    [
-        Autoencoder(code_size=8, width=4, max_epochs=1),
-        MemAE(n_items=8, channels=(4, 8), max_epochs=1),
-        MNAD(width=4, max_epochs=1, update_at_test=True),
-    ],
-    ids=lambda detector: type(detector).__name__,
+    ("cls", "settings"),
+    [(Autoencoder, {}), (MemAE, {}), (MNAD, {"update_at_test": True})],
 )
 def test_training_goes_on_from_a_mapped_file_without_writing_into_it(
-    detector, tmp_path
+    cls, settings, tmp_path, random_images, small
 ):
-    X, file = random_images(8), tmp_path / "detector.joblib"
-    detector.set_params(warm_start=True, random_state=0).fit(X)
+    X, file = random_images(8, 32, 32, 1), tmp_path / "detector.joblib"
+    detector = small(cls, warm_start=True, **settings).fit(X)
     joblib.dump(detector, file)
     content = file.read_bytes()
     shared, own = joblib.load(file, mmap_mode="r"), joblib.load(file)
@@ -114,7 +104,9 @@ def test_a_changed_weight_is_noticed(fitted, tmp_path):
     ("module", "package"),
     [(version, "skanomaly"), (torch, "torch")],
 )
-def test_other_versions_warn_with_both(module, package, fitted, monkeypatch):
+def test_other_versions_warn_with_both(
+    module, package, fitted, monkeypatch, random_images
+):
     content = pickle.dumps(fitted)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -123,7 +115,7 @@ def test_other_versions_warn_with_both(module, package, fitted, monkeypatch):
     monkeypatch.setattr(module, "__version__", "99.1+cpu")
     with pytest.warns(UserWarning, match=rf"saved with {package} {now} \(now 99\.1"):
         loaded = pickle.loads(content)
-    X = random_images(2)
+    X = random_images(2, 32, 32, 1)
     np.testing.assert_array_equal(loaded.score_samples(X), fitted.score_samples(X))
 
 

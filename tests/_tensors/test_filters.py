@@ -8,12 +8,6 @@ from skanomaly._tensors.filters import gaussian_blur, mean_filter, prewitt, scal
 SIZES = [(12, 12), (9, 14), (5, 3), (1, 2)]
 
 
-def random_images(*shape, dtype=torch.float64):
-    return torch.rand(
-        shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape))
-    )
-
-
 def rectangle_mean(image, size):
     """Sum each neighbourhood pixel by pixel, with zeros that count outside."""
     height, width = image.shape
@@ -45,9 +39,9 @@ def prewitt_of(image):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.5, 6.0])
-def test_gaussian_blur_equals_scipy(size, sigma):
+def test_gaussian_blur_equals_scipy(size, sigma, random_images):
     """Kernels of sigma 2.5 and 6 are wider than the small images."""
-    images = random_images(2, 3, *size)
+    images = torch.from_numpy(random_images(2, 3, *size)).double()
     expected = ndimage.gaussian_filter(
         images.numpy(), (0, 0, sigma, sigma), mode="reflect", truncate=4
     )
@@ -56,8 +50,8 @@ def test_gaussian_blur_equals_scipy(size, sigma):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("radius", [2, 5, 9])
-def test_gaussian_blur_with_zeros_equals_scipy(size, radius):
-    images = random_images(2, *size)
+def test_gaussian_blur_with_zeros_equals_scipy(size, radius, random_images):
+    images = torch.from_numpy(random_images(2, *size)).double()
     expected = ndimage.gaussian_filter(
         images.numpy(), (0, 1.5, 1.5), mode="constant", radius=(0, radius, radius)
     )
@@ -66,22 +60,22 @@ def test_gaussian_blur_with_zeros_equals_scipy(size, radius):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_gaussian_blur_keeps_the_mean_and_commutes_with_constants(size):
-    images = random_images(3, *size)
+def test_gaussian_blur_keeps_the_mean_and_commutes_with_constants(size, random_images):
+    images = torch.from_numpy(random_images(3, *size)).double()
     blurred = gaussian_blur(images, 3.0)
     torch.testing.assert_close(blurred.mean(dim=(1, 2)), images.mean(dim=(1, 2)))
     torch.testing.assert_close(gaussian_blur(images + 5.0, 3.0), blurred + 5.0)
 
 
-def test_gaussian_blur_without_width_changes_nothing():
-    images = random_images(2, 4, 5)
+def test_gaussian_blur_without_width_changes_nothing(random_images):
+    images = torch.from_numpy(random_images(2, 4, 5)).double()
     assert torch.equal(gaussian_blur(images, 0), images)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("width", [1, 3, 7])
-def test_mean_filter_equals_the_loop(size, width):
-    images = random_images(2, *size)
+def test_mean_filter_equals_the_loop(size, width, random_images):
+    images = torch.from_numpy(random_images(2, *size)).double()
     expected = [rectangle_mean(image, width) for image in images.numpy()]
     np.testing.assert_allclose(mean_filter(images, width), expected, atol=1e-12)
 
@@ -93,8 +87,8 @@ def test_mean_filter_reaches_121_of_441_in_a_corner():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_prewitt_equals_the_loop(size):
-    images = random_images(2, 2, *size)
+def test_prewitt_equals_the_loop(size, random_images):
+    images = torch.from_numpy(random_images(2, 2, *size)).double()
     dy, dx = prewitt(images)
     for index in np.ndindex(2, 2):
         expected_dy, expected_dx = prewitt_of(images[index].numpy())
@@ -119,8 +113,8 @@ def test_prewitt_of_a_ramp_is_its_slope_and_of_a_constant_nothing():
     ],
     ids=["gaussian_blur", "mean_filter", "prewitt"],
 )
-def test_autocast_does_not_lower_the_precision(function):
-    images = random_images(2, 9, 9, dtype=torch.float32)
+def test_autocast_does_not_lower_the_precision(function, random_images):
+    images = torch.from_numpy(random_images(2, 9, 9))
     expected = function(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(function(images), expected)

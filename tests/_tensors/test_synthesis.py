@@ -22,6 +22,11 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
 def slow_perlin(angles, cells, height, width, row, column):
     """Blend the ramps of the four corners around one pixel."""
     y, x = row * cells[0] / height, column * cells[1] / width
@@ -42,35 +47,37 @@ def slow_perlin(angles, cells, height, width, row, column):
 @pytest.mark.parametrize(
     ("cells", "size"), [((1, 1), (8, 8)), ((4, 2), (33, 47)), ((2, 4), (20, 50))]
 )
-def test_perlin_noise_equals_the_formula(cells, size):
-    noise = perlin_noise(torch.tensor([cells]), *size)[0]
-    torch.manual_seed(0)
-    angles = 2 * math.pi * torch.rand(max(cells) + 1, max(cells) + 1)
+def test_perlin_noise_equals_the_formula(cells, size, generator):
+    noise = perlin_noise(torch.tensor([cells]), *size, generator=generator)[0]
+    generator.manual_seed(0)
+    shape = max(cells) + 1, max(cells) + 1
+    angles = 2 * math.pi * torch.rand(shape, generator=generator)
     for row, column in itertools.product(range(0, size[0], 3), range(0, size[1], 5)):
         expected = slow_perlin(angles, cells, *size, row, column)
         assert noise[row, column].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_perlin_noise_is_bounded_and_vanishes_at_the_corners():
+def test_perlin_noise_is_bounded_and_vanishes_at_the_corners(generator):
     cells = torch.tensor([[1, 1], [2, 8], [8, 4]]).repeat(20, 1)
-    noise = perlin_noise(cells, 64, 32)
+    noise = perlin_noise(cells, 64, 32, generator=generator)
     assert 0.8 < noise.abs().max() <= 1
     for field, (rows, columns) in zip(noise, cells.tolist(), strict=True):
         assert not field[:: 64 // rows, :: 32 // columns].any()
         assert field.any()
 
 
-def test_the_seed_alone_decides_the_noise():
+def test_the_seed_alone_decides_the_noise(generator):
     cells = torch.tensor([[4, 4], [2, 1]])
-    first, other = perlin_noise(cells, 32, 32), perlin_noise(cells, 32, 32)
-    torch.manual_seed(0)
-    assert torch.equal(perlin_noise(cells, 32, 32), first)
+    first, other = (perlin_noise(cells, 32, 32, generator=generator) for _ in range(2))
+    generator.manual_seed(0)
+    assert torch.equal(perlin_noise(cells, 32, 32, generator=generator), first)
     assert not torch.equal(first, other)
 
 
-def test_finer_lattices_give_more_components():
+def test_finer_lattices_give_more_components(generator):
     def mean_components(n_cells):
-        noise = perlin_noise(torch.full((30, 2), n_cells), 64, 64)
+        cells = torch.full((30, 2), n_cells)
+        noise = perlin_noise(cells, 64, 64, generator=generator)
         return np.mean([ndimage.label(field > 0.3)[1] for field in noise.numpy()])
 
     counts = [mean_components(n_cells) for n_cells in (1, 2, 4, 8)]
@@ -79,8 +86,8 @@ def test_finer_lattices_give_more_components():
 
 
 @pytest.mark.parametrize("size", [(256, 256), (100, 33), (64, 15), (1024, 7), (1, 2)])
-def test_no_cell_is_below_eight_pixels(size):
-    lattices = random_lattices(300, *size)
+def test_no_cell_is_below_eight_pixels(size, generator):
+    lattices = random_lattices(300, *size, generator=generator)
     assert lattices.shape == (300, 2)
     for side, counts in zip(size, lattices.T, strict=True):
         drawn = counts.unique().tolist()
@@ -88,13 +95,13 @@ def test_no_cell_is_below_eight_pixels(size):
         assert drawn == allowed
 
 
-def test_lattices_of_both_axes_are_independent():
-    lattices = random_lattices(400, 64, 64).log2()
+def test_lattices_of_both_axes_are_independent(generator):
+    lattices = random_lattices(400, 64, 64, generator=generator).log2()
     assert abs(torch.corrcoef(lattices.T)[0, 1]) < 0.15
 
 
-def test_masks_are_binary_and_rarely_empty():
-    masks = perlin_masks(200, 64, 48)
+def test_masks_are_binary_and_rarely_empty(generator):
+    masks = perlin_masks(200, 64, 48, generator=generator)
     assert masks.shape == (200, 1, 64, 48)
     assert masks.dtype == torch.float32
     assert masks.unique().tolist() == [0.0, 1.0]
@@ -104,9 +111,10 @@ def test_masks_are_binary_and_rarely_empty():
     assert len({mask.numpy().tobytes() for mask in masks}) > 190
 
 
-def test_masks_of_the_paper_size_cover_as_much_as_in_the_paper():
+def test_masks_of_the_paper_size_cover_as_much_as_in_the_paper(generator):
     """Measured on the code of the paper: 4.8 % of the pixels."""
-    assert perlin_masks(80, 256, 256).mean().item() == pytest.approx(0.048, abs=0.01)
+    masks = perlin_masks(80, 256, 256, generator=generator)
+    assert masks.mean().item() == pytest.approx(0.048, abs=0.01)
 
 
 @pytest.mark.parametrize("quarters", [-2, -1, 1, 2])
@@ -163,9 +171,9 @@ def test_blending_leaves_what_the_mask_leaves():
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
-def test_augmented_textures_differ_and_stay_in_range(channels):
+def test_augmented_textures_differ_and_stay_in_range(channels, generator):
     textures = torch.rand(60, channels, 16, 20)
-    augmented = augment_textures(textures)
+    augmented = augment_textures(textures, generator=generator)
     assert augmented.shape == textures.shape
     assert augmented.min() >= 0
     assert augmented.max() <= 1
@@ -173,20 +181,19 @@ def test_augmented_textures_differ_and_stay_in_range(channels):
     assert (change > 0.02).float().mean() > 0.9
 
 
-def test_augmentation_depends_on_the_seed_alone():
+def test_augmentation_depends_on_the_seed_alone(generator):
     textures = torch.rand(5, 3, 16, 16)
     before = textures.clone()
-    torch.manual_seed(1)
-    first = augment_textures(textures)
-    torch.manual_seed(1)
-    assert torch.equal(augment_textures(textures), first)
-    assert not torch.equal(augment_textures(textures), first)
+    first = augment_textures(textures, generator=generator)
+    generator.manual_seed(0)
+    assert torch.equal(augment_textures(textures, generator=generator), first)
+    assert not torch.equal(augment_textures(textures, generator=generator), first)
     assert torch.equal(textures, before)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_procedural_textures_vary(channels):
-    textures = procedural_textures(70, channels, 32, 24)
+def test_procedural_textures_vary(channels, generator):
+    textures = procedural_textures(70, channels, 32, 24, generator=generator)
     assert textures.shape == (70, channels, 32, 24)
     assert textures.dtype == torch.uint8
     assert len({texture.numpy().tobytes() for texture in textures}) == 70

@@ -1,38 +1,41 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from method_settings import TRAINED_BRIEFLY
 
 from skanomaly import DifferNet
 from skanomaly._tensors.synthesis import rotate
 from skanomaly.methods.differnet import Coupling, Flow, describe
 
-
-def images(n, size=32, seed=0):
-    return np.random.default_rng(seed).random((n, size, size, 3)).astype(np.float32)
-
-
-def detector(**settings):
-    return DifferNet(
-        **{
-            "backbone": "shufflenet_v2_x0_5",
-            "layer": "stage2",
-            "weights": None,
-            "n_scales": 2,
-            "n_blocks": 2,
-            "hidden_features": 16,
-            "n_transforms_test": 4,
-            "max_epochs": 1,
-            "random_state": 0,
-            **settings,
-        }
-    )
+SMALL = {
+    "DifferNet": {
+        "backbone": "shufflenet_v2_x0_5",
+        "layer": "stage2",
+        "weights": None,
+        "n_scales": 1,
+        "n_blocks": 2,
+        "hidden_features": 16,
+        "n_transforms_test": 4,
+        "standardize": True,
+        **TRAINED_BRIEFLY,
+    }
+}
+TINY = {"DifferNet": {"n_transforms_test": 1, "n_transforms": 1, "n_blocks": 1}}
+PLANTED = {"DifferNet": (48, 20)}
 
 
 @pytest.fixture(scope="module")
-def fitted():
-    return detector(max_epochs=3, learning_rate=1e-2).fit(images(12))
+def detector(small):
+    """Return a function that makes a small detector of two scales."""
+    return partial(small, DifferNet, n_scales=2, standardize=False)
+
+
+@pytest.fixture(scope="module")
+def fitted(detector, random_images):
+    return detector(max_epochs=3, learning_rate=1e-2).fit(random_images(12, 32, 32, 3))
 
 
 @pytest.fixture
@@ -140,8 +143,8 @@ def test_descriptions_are_means_of_features_at_every_scale(fitted):
     torch.testing.assert_close(found, torch.cat(expected, dim=1))
 
 
-def test_scores_are_mean_squares_over_fixed_rotations(fitted):
-    X = images(2, seed=1)
+def test_scores_are_mean_squares_over_fixed_rotations(fitted, random_images):
+    X = random_images(2, 32, 32, 3, seed=1)
     batch = torch.from_numpy(X).permute(0, 3, 1, 2)
     squares = []
     with torch.inference_mode():
@@ -153,9 +156,11 @@ def test_scores_are_mean_squares_over_fixed_rotations(fitted):
     )
 
 
-def test_with_one_view_and_no_flow_the_score_is_the_mean_square_of_the_features():
-    X = images(3, seed=1)
-    model = detector(n_transforms_test=1).fit(images(12))
+def test_with_one_view_and_no_flow_the_score_is_the_mean_square_of_the_features(
+    detector, random_images
+):
+    X = random_images(3, 32, 32, 3, seed=1)
+    model = detector(n_transforms_test=1).fit(random_images(12, 32, 32, 3))
     model.network_.flow.blocks = torch.nn.ModuleList()
     model.network_.flow.orders = model.network_.flow.orders[:0]
     batch = torch.from_numpy(X).permute(0, 3, 1, 2)
@@ -166,8 +171,8 @@ def test_with_one_view_and_no_flow_the_score_is_the_mean_square_of_the_features(
     )
 
 
-def test_right_angles_do_not_change_the_score(fitted):
-    X = images(3, seed=1)
+def test_right_angles_do_not_change_the_score(fitted, random_images):
+    X = random_images(3, 32, 32, 3, seed=1)
     turned = np.rot90(X, axes=(1, 2)).copy()
     np.testing.assert_allclose(
         fitted.score_samples(turned), fitted.score_samples(X), rtol=1e-4
@@ -177,9 +182,9 @@ def test_right_angles_do_not_change_the_score(fitted):
     )
 
 
-def test_maps_are_gradients_of_the_likelihood():
-    single = detector(n_transforms_test=1, sigma=0.0).fit(images(12))
-    X = images(1, seed=1)
+def test_maps_are_gradients_of_the_likelihood(detector, random_images):
+    single = detector(n_transforms_test=1, sigma=0.0).fit(random_images(12, 32, 32, 3))
+    X = random_images(1, 32, 32, 3, seed=1)
     batch = torch.from_numpy(X).permute(0, 3, 1, 2).requires_grad_()
     latent, log_determinants = single.network_(batch)
     loss = (latent.square().sum() / 2 - log_determinants.sum()) / latent.shape[1]
@@ -189,8 +194,8 @@ def test_maps_are_gradients_of_the_likelihood():
     )
 
 
-def test_only_the_flow_is_trained():
-    X = images(8)
+def test_only_the_flow_is_trained(detector, random_images):
+    X = random_images(8, 32, 32, 3)
     short, long = (detector(max_epochs=n).fit(X).network_ for n in (1, 3))
     for name, tensor in short.backbone.state_dict().items():
         assert torch.equal(tensor, long.backbone.state_dict()[name])
@@ -199,15 +204,15 @@ def test_only_the_flow_is_trained():
     )
 
 
-def test_training_lowers_the_loss_and_other_images_score_lower():
-    X = 0.5 + 0.1 * images(24)
+def test_training_lowers_the_loss_and_other_images_score_lower(detector, random_images):
+    X = 0.5 + 0.1 * random_images(24, 32, 32, 3)
     model = detector(max_epochs=40, learning_rate=1e-2, standardize=True).fit(X)
     assert np.mean(model.loss_curve_[-5:]) < model.loss_curve_[0]
     assert model.score_samples(1 - X).max() < np.median(model.score_samples(X))
 
 
-def test_standardised_features_have_no_mean_and_unit_variance():
-    X = images(12)
+def test_standardised_features_have_no_mean_and_unit_variance(detector, random_images):
+    X = random_images(12, 32, 32, 3)
     model = detector(standardize=True).fit(X)
     batch = torch.from_numpy(X).permute(0, 3, 1, 2)
     with torch.inference_mode():
@@ -231,17 +236,17 @@ def test_standardised_features_have_no_mean_and_unit_variance():
     torch.testing.assert_close(std, torch.ones_like(std), rtol=1e-3, atol=0)
 
 
-def test_a_warm_start_keeps_the_backbone():
-    X = images(8)
+def test_a_warm_start_keeps_the_backbone(detector, random_images):
+    X = random_images(8, 32, 32, 3)
     model = detector(warm_start=True).fit(X)
     backbone = model.network_.backbone
     assert model.fit(X).network_.backbone is backbone
     assert model.n_iter_ == 2
 
 
-def test_small_images_are_refused():
+def test_small_images_are_refused(detector, random_images):
     with pytest.raises(ValueError, match=r"16 x 16 pixels are too small.*ResizeImages"):
-        detector(backbone="alexnet", layer=None).fit(images(4, size=16))
+        detector(backbone="alexnet", layer=None).fit(random_images(4, 16, 16, 3))
 
 
 @pytest.mark.parametrize(
@@ -252,6 +257,6 @@ def test_small_images_are_refused():
         ({"weights": "missing.pth"}, "is not a file"),
     ],
 )
-def test_bad_backbones_are_refused(settings, message):
+def test_bad_backbones_are_refused(settings, message, detector, random_images):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        detector(**settings).fit(images(4))
+        detector(**settings).fit(random_images(4, 32, 32, 3))

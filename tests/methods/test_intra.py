@@ -1,50 +1,47 @@
 import numpy as np
 import pytest
 import torch
+from method_settings import TRAINED_BRIEFLY
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from skanomaly import InTra
-from skanomaly._fitting.loop import Batch
 from skanomaly._tensors.filters import mean_filter, scaled_size
 from skanomaly._tensors.losses import msgms_loss, msgms_map, ssim_loss
 from skanomaly._tensors.masking import windows
 from skanomaly.methods.intra import InpaintingTransformer
 
-
-def detector(**settings):
-    return InTra(
-        **{
-            "patch_size": 4,
-            "window_size": 3,
-            "width": 16,
-            "n_heads": 2,
-            "n_blocks": 3,
-            "windows_per_image": 4,
-            "max_epochs": 1,
-            "learning_rate": 1e-3,
-            "n_iter_no_change": None,
-            "random_state": 0,
-            **settings,
-        }
-    )
+SMALL = {
+    "InTra": {
+        "patch_size": 4,
+        "window_size": 3,
+        "width": 16,
+        "n_heads": 2,
+        "n_blocks": 2,
+        "windows_per_image": 4,
+        **TRAINED_BRIEFLY,
+    }
+}
+TINY = {"InTra": {"patch_size": 1, "window_size": 1}}
 
 
-def random_images(n, size=24, seed=0):
-    return np.random.default_rng(seed).random((n, size, size, 3)).astype(np.float32)
+@pytest.fixture
+def build(small):
+    """Return a function that makes a detector with an untrained network."""
 
+    def make(shape=(24, 24, 3), **settings):
+        model = small(InTra, **settings)
+        model.image_shape_ = shape
+        torch.manual_seed(0)
+        model.network_ = model._build_network().eval()
+        return model
 
-def build(shape=(24, 24, 3), **settings):
-    model = detector(**settings)
-    model.image_shape_ = shape
-    torch.manual_seed(0)
-    model.network_ = model._build_network().eval()
-    return model
+    return make
 
 
 @pytest.fixture(scope="module")
-def fitted():
-    return detector().fit(random_images(8))
+def fitted(random_images, small):
+    return small(InTra).fit(random_images(8, 24, 24, 3))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +68,7 @@ class Oracle(nn.Module):
         self.patches = patches
         self.n_windows = 0
         self.embed = nn.Identity()
+        self.on_device = nn.Parameter(torch.zeros(()))
 
     def forward(self, embedded, cells, hidden):
         self.n_windows += len(hidden)
@@ -78,7 +76,7 @@ class Oracle(nn.Module):
 
 
 @pytest.mark.parametrize("size", [(24, 24), (26, 26), (24, 34)])
-def test_each_patch_is_painted_once_and_put_into_its_place(size):
+def test_each_patch_is_painted_once_and_put_into_its_place(size, build):
     model = build((*size, 3))
     images = torch.rand(2, 3, *size)
     model.network_ = Oracle(None)
@@ -86,15 +84,19 @@ def test_each_patch_is_painted_once_and_put_into_its_place(size):
     assert model.network_.n_windows == 2 * -(-size[0] // 4) * -(-size[1] // 4)
 
 
-def test_a_perfect_painter_leaves_nothing():
-    model = detector(reference="none").fit(random_images(4))
+def test_a_perfect_painter_leaves_nothing(random_images, small):
+    model = small(InTra, reference="none").fit(random_images(4, 24, 24, 3))
     model.network_ = Oracle(None)
-    np.testing.assert_allclose(model.localize(random_images(4)), 0, atol=1e-5)
+    np.testing.assert_allclose(
+        model.localize(random_images(4, 24, 24, 3)), 0, atol=1e-5
+    )
 
 
-def test_windows_at_once_do_not_change_maps_and_patches_are_embedded_once(monkeypatch):
-    X = random_images(3, seed=1)
-    model = detector(reference="none").fit(random_images(4))
+def test_windows_at_once_do_not_change_maps_and_patches_are_embedded_once(
+    monkeypatch, random_images, small
+):
+    X = random_images(3, 24, 24, 3, seed=1)
+    model = small(InTra, reference="none").fit(random_images(4, 24, 24, 3))
     expected, calls = model.localize(X), []
     monkeypatch.setattr("skanomaly.methods.intra.WINDOWS_AT_ONCE", 7)
     model.network_.embed.register_forward_hook(lambda *_: calls.append(1))
@@ -102,7 +104,7 @@ def test_windows_at_once_do_not_change_maps_and_patches_are_embedded_once(monkey
     assert len(calls) == 1
 
 
-def test_a_patch_is_painted_without_being_seen():
+def test_a_patch_is_painted_without_being_seen(build):
     model = build()
     images = torch.rand(1, 3, 24, 24)
     other = images.clone()
@@ -114,7 +116,7 @@ def test_a_patch_is_painted_without_being_seen():
     assert difference.max() > 1e-6
 
 
-def test_textures_may_be_shifted_by_whole_patches():
+def test_textures_may_be_shifted_by_whole_patches(build):
     images = torch.rand(1, 3, 32, 32)
     shifted = images.roll((4, 4), dims=(2, 3))
     inner = (..., slice(12, 24), slice(12, 24))
@@ -160,15 +162,16 @@ def test_early_blocks_feed_their_mirror_images(n_blocks, pairs):
         assert torch.equal(inputs[i], expected)
 
 
-def test_loss():
+def test_loss(build, make_batch):
     model = build(patch_size=8, gms_weight=0.5, ssim_weight=0.25)
     images = torch.rand(2, 3, 24, 24)
-    torch.manual_seed(1)
-    ((part, loss),) = model._losses(model.network_, Batch(images, None, 0))
-    torch.manual_seed(1)
-    corners = torch.stack([torch.randint(1, (8,)) for _ in range(2)], dim=1)
+    ((part, loss),) = model._losses(model.network_, make_batch(images, seed=1))
+    draws = torch.Generator().manual_seed(1)
+    corners = torch.stack(
+        [torch.randint(1, (8,), generator=draws) for _ in range(2)], dim=1
+    )
     cells = windows(3, 3, 3, corners=corners)
-    hidden = torch.randint(9, (8,))
+    hidden = torch.randint(9, (8,), generator=draws)
     patches = images.unfold(2, 8, 8).unfold(3, 8, 8)  # (b, c, 3, 3, 8, 8)
     rows = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (b, 9, 192)
     owners = torch.arange(8) % 2
@@ -186,8 +189,8 @@ def test_loss():
     torch.testing.assert_close(loss, expected)
 
 
-def test_maps_compare_with_the_mean_map_of_the_training():
-    X = random_images(3, seed=1)
+def test_maps_compare_with_the_mean_map_of_the_training(random_images, small):
+    X = random_images(3, 24, 24, 3, seed=1)
 
     def distances(array):
         images = torch.from_numpy(array).permute(0, 3, 1, 2)
@@ -195,8 +198,8 @@ def test_maps_compare_with_the_mean_map_of_the_training():
             similarity = msgms_map(fitted._paint_all(images), images, n_scales=3)
         return mean_filter(1 - similarity, scaled_size(60, similarity), padding="none")
 
-    fitted = detector(smoothing_size=60).fit(random_images(8))
-    mean = distances(random_images(8)).mean(dim=0)
+    fitted = small(InTra, smoothing_size=60).fit(random_images(8, 24, 24, 3))
+    mean = distances(random_images(8, 24, 24, 3)).mean(dim=0)
     np.testing.assert_allclose(fitted.mean_map_, mean, rtol=1e-4)
     excess = (distances(X) - mean).numpy()
     for reference, expected in {
@@ -211,9 +214,9 @@ def test_maps_compare_with_the_mean_map_of_the_training():
         )
 
 
-def test_equal_training_images_have_empty_maps():
-    X = np.repeat(random_images(1), 4, axis=0)
-    np.testing.assert_allclose(detector().fit(X).localize(X), 0, atol=1e-12)
+def test_equal_training_images_have_empty_maps(random_images, small):
+    X = np.repeat(random_images(1, 24, 24, 3), 4, axis=0)
+    np.testing.assert_allclose(small(InTra).fit(X).localize(X), 0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -224,12 +227,12 @@ def test_equal_training_images_have_empty_maps():
         ({"positions": "none"}, "positions"),
     ],
 )
-def test_bad_settings_are_refused(settings, message):
+def test_bad_settings_are_refused(settings, message, random_images, small):
     with pytest.raises(ValueError, match=message):
-        detector(**settings).fit(random_images(4))
+        small(InTra, **settings).fit(random_images(4, 24, 24, 3))
 
 
-def test_a_planted_defect_is_found():
+def test_a_planted_defect_is_found(small):
     rng = np.random.default_rng(0)
     wave = 0.5 + 0.3 * np.sin(np.arange(32) * np.pi / 4)
     X = (wave[:, None] + rng.normal(0, 0.02, (44, 32, 32))).clip(0, 1)
@@ -237,6 +240,8 @@ def test_a_planted_defect_is_found():
     mask = np.zeros(X_test.shape, bool)
     mask[6:, 8:18, 8:18] = True
     X_test[mask] = 1 - X_test[mask]
-    model = detector(width=32, max_epochs=25, windows_per_image=8).fit(X)
+    model = small(InTra, width=32, n_blocks=3, max_epochs=25, windows_per_image=8).fit(
+        X
+    )
     assert roc_auc_score(mask[6:].ravel(), model.localize(X_test[6:]).ravel()) > 0.8
     assert roc_auc_score(mask[:, 8, 8], -model.score_samples(X_test)) > 0.95

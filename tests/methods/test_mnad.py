@@ -2,26 +2,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from method_settings import ROUNDING, TRAINED_BRIEFLY
 
 from skanomaly import MNAD
-from skanomaly._fitting.loop import Batch
 from skanomaly.methods.mnad import updated_memory
 
-
-def detector(**settings):
-    return MNAD(
-        **{
-            "width": 4,
-            "max_epochs": 1,
-            "learning_rate": 1e-3,
-            "random_state": 0,
-            **settings,
-        }
-    )
-
-
-def random_images(n, seed=0, size=24):
-    return np.random.default_rng(seed).random((n, size, size, 1)).astype(np.float32)
+SMALL = {"MNAD": {"width": 4, **TRAINED_BRIEFLY}}
+PLANTED = {"MNAD": (32, 12)}
+EXPECTED_FAILURES = {"MNAD": {"check_methods_subset_invariance": ROUNDING}}
 
 
 def unit(*shape):
@@ -61,8 +49,6 @@ def slow_update(memory, queries):
         if not len(own):
             continue
         weights = over_queries[own, m] / over_queries[own, m].max()
-        assert (weights >= np.exp(-2) - 1e-6).all()
-        assert (weights <= 1 + 1e-6).all()
         new[m] = F.normalize(
             memory[m] + (weights[:, None] * queries[own]).sum(0), dim=0
         )
@@ -73,11 +59,10 @@ def test_update_equals_a_slow_reference():
     torch.manual_seed(0)
     memory, queries = unit(10, 6), unit(40, 6)
     queries = torch.cat([queries, queries[:5]])
-    expected, nearest = slow_update(memory, queries)
+    expected, _ = slow_update(memory, queries)
     found = updated_memory(memory, queries)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(10))
-    unused = [m for m in range(10) if m not in nearest]
     few = updated_memory(memory, queries[:3])
     unused = sorted(set(range(10)) - set(slow_update(memory, queries[:3])[1].tolist()))
     assert unused
@@ -85,8 +70,8 @@ def test_update_equals_a_slow_reference():
 
 
 @pytest.fixture
-def network():
-    model = detector()
+def network(small):
+    model = small(MNAD)
     model.image_shape_ = (24, 24, 1)
     torch.manual_seed(0)
     return model._build_network()
@@ -109,10 +94,16 @@ def test_reads_are_soft_mixtures(network):
     torch.testing.assert_close(read, weights @ network.memory)
 
 
-def losses_of(model, network, images):
-    ((part, loss),) = model._losses(network, Batch(images, None, 0))
-    assert part is network
-    return loss
+@pytest.fixture
+def losses_of(make_batch, network):
+    """Return a function that computes the loss of a detector."""
+
+    def loss_of(model, network, images):
+        ((part, loss),) = model._losses(network, make_batch(images))
+        assert part is network
+        return loss
+
+    return loss_of
 
 
 def test_the_decoder_sees_unit_queries_and_what_they_read(network):
@@ -123,9 +114,9 @@ def test_the_decoder_sees_unit_queries_and_what_they_read(network):
     torch.testing.assert_close(seen[0][:, :32].norm(dim=1), torch.ones(2, 3, 3))
 
 
-def test_losses(network):
+def test_losses(network, losses_of, small):
     images = torch.rand(2, 1, 24, 24)
-    plain = detector(compactness_weight=0.0, separateness_weight=0.0)
+    plain = small(MNAD, compactness_weight=0.0, separateness_weight=0.0)
     pixel = losses_of(plain, network.eval(), images)
     result, queries = network(2 * images - 1, network.memory)
     torch.testing.assert_close(pixel, F.mse_loss(result, 2 * images - 1))
@@ -133,11 +124,11 @@ def test_losses(network):
     order = (flat @ network.memory.T).argsort(dim=1, descending=True)
     first, second = network.memory[order[:, 0]], network.memory[order[:, 1]]
     compact = losses_of(
-        detector(compactness_weight=1.0, separateness_weight=0.0), network, images
+        small(MNAD, compactness_weight=1.0, separateness_weight=0.0), network, images
     )
     torch.testing.assert_close(compact - pixel, (flat - first).square().mean())
     separate = losses_of(
-        detector(compactness_weight=0.0, separateness_weight=1.0), network, images
+        small(MNAD, compactness_weight=0.0, separateness_weight=1.0), network, images
     )
     margin = (flat - first).norm(dim=1) - (flat - second).norm(dim=1) + 1
     torch.testing.assert_close(
@@ -145,10 +136,10 @@ def test_losses(network):
     )
 
 
-def test_the_losses_of_the_items_at_their_limits(network):
+def test_the_losses_of_the_items_at_their_limits(network, losses_of, small):
     images = torch.rand(2, 1, 24, 24)
     plain, compact, separate = (
-        detector(compactness_weight=a, separateness_weight=b)
+        small(MNAD, compactness_weight=a, separateness_weight=b)
         for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))
     )
     network.eval()
@@ -164,8 +155,10 @@ def test_the_losses_of_the_items_at_their_limits(network):
     assert separateness.item() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_memory_is_written_by_batches_of_the_training_only(network):
-    model, images = detector(), torch.rand(2, 1, 24, 24)
+def test_the_memory_is_written_by_batches_of_the_training_only(
+    network, losses_of, small
+):
+    model, images = small(MNAD), torch.rand(2, 1, 24, 24)
     before = network.memory.clone()
     losses_of(model, network.eval(), images)
     assert torch.equal(network.memory, before)
@@ -173,20 +166,20 @@ def test_the_memory_is_written_by_batches_of_the_training_only(network):
     assert not torch.equal(network.memory, before)
 
 
-def test_scoring_leaves_the_memory_alone():
-    X = random_images(8)
-    for model in (detector(), detector(update_at_test=True, update_threshold=1e3)):
+def test_scoring_leaves_the_memory_alone(random_images, small):
+    X = random_images(8, 24, 24, 1)
+    for model in (small(MNAD), small(MNAD, update_at_test=True, update_threshold=1e3)):
         model.fit(X)
-        before = model.network_.memory.clone()
+        before, names = model.network_.memory.clone(), set(vars(model))
         first = model.score_samples(X)
         np.testing.assert_array_equal(model.score_samples(X), first)
         assert torch.equal(model.network_.memory, before)
-        assert "_working_memory" not in vars(model)
+        assert set(vars(model)) == names
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_items_have_moved_in_a_fit_and_kept_their_norm(precision):
-    model = detector(precision=precision).fit(random_images(8))
+def test_items_have_moved_in_a_fit_and_kept_their_norm(precision, random_images, small):
+    model = small(MNAD, precision=precision).fit(random_images(8, 24, 24, 1))
     torch.manual_seed(model._seed)
     before = model._build_network().memory
     after = model.network_.memory
@@ -195,14 +188,14 @@ def test_items_have_moved_in_a_fit_and_kept_their_norm(precision):
     torch.testing.assert_close(after.norm(dim=1), torch.ones(10), atol=1e-5, rtol=0)
 
 
-def test_equal_training_images_have_finite_scores():
+def test_equal_training_images_have_finite_scores(small):
     X = np.full((6, 16, 16, 1), 0.5)
-    assert np.isfinite(detector().fit(X).score_samples(X)).all()
+    assert np.isfinite(small(MNAD).fit(X).score_samples(X)).all()
 
 
-def test_updates_at_test_depend_on_the_order_and_on_the_gate():
-    X, X_test = random_images(8), random_images(6, seed=1)
-    model = detector().fit(X)
+def test_updates_at_test_depend_on_the_order_and_on_the_gate(random_images, small):
+    X, X_test = random_images(8, 24, 24, 1), random_images(6, 24, 24, 1, seed=1)
+    model = small(MNAD).fit(X)
     plain = model.score_samples(X_test)
     np.testing.assert_allclose(
         model.score_samples(X_test[::-1])[::-1], plain, rtol=1e-4
@@ -217,9 +210,9 @@ def test_updates_at_test_depend_on_the_order_and_on_the_gate():
     assert not np.allclose(reverse[:-1], updated[:-1], rtol=1e-3)
 
 
-def test_scores_weigh_error_and_distance():
-    X, X_test = random_images(8), random_images(3, seed=1)
-    model = detector().fit(X)
+def test_scores_weigh_error_and_distance(random_images, small):
+    X, X_test = random_images(8, 24, 24, 1), random_images(3, 24, 24, 1, seed=1)
+    model = small(MNAD).fit(X)
     parts = {}
     for weight in (0.0, 0.3, 1.0):
         parts[weight] = -model.set_params(score_weight=weight).score_samples(X_test)
@@ -251,9 +244,9 @@ def test_scores_weigh_error_and_distance():
     assert training.max() <= 1 + 1e-3
 
 
-def test_prediction_sees_the_past_and_maps_the_last_image():
-    clips = np.random.default_rng(0).random((8, 5, 24, 24, 1)).astype(np.float32)
-    model = detector(task="prediction").fit(clips)
+def test_prediction_sees_the_past_and_maps_the_last_image(random_images, small):
+    clips = random_images(8, 5, 24, 24, 1)
+    model = small(MNAD, task="prediction").fit(clips)
     maps = model.localize(clips)
     assert maps.shape == (8, 24, 24)
     other = clips.copy()
@@ -265,6 +258,6 @@ def test_prediction_sees_the_past_and_maps_the_last_image():
     np.testing.assert_allclose(model.localize(other), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_one_item_is_refused():
+def test_one_item_is_refused(random_images, small):
     with pytest.raises(ValueError, match="n_items"):
-        detector(n_items=1).fit(random_images(4))
+        small(MNAD, n_items=1).fit(random_images(4, 24, 24, 1))

@@ -14,6 +14,26 @@ from skanomaly import SPADE, BackboneFeatures, make_pipeline
 from skanomaly.datasets import load_mvtec, load_textures
 from skanomaly.metrics import pixel_roc_auc_score
 
+SMALL = {
+    "SPADE": {
+        "backbone": "shufflenet_v2_x0_5",
+        "layers": ("stage2",),
+        "weights": None,
+    }
+}
+
+LEAVE_ONE_OUT = (
+    "asks for thresholds from the training images' own scores, but each image lies at "
+    "distance 0 to itself. On MVTec AD's toothbrush (image_score='max') limits from "
+    "these call all 12 normal test images anomalous, leave-one-out scores 1 of 12"
+)
+EXPECTED_FAILURES = {
+    "SPADE": {
+        "check_outliers_train": LEAVE_ONE_OUT,
+        "check_outliers_fit_predict": LEAVE_ONE_OUT,
+    }
+}
+
 NETWORK = {"backbone": "resnet18", "weights": None, "random_state": 0}
 LAYERS = ("layer1", "layer2", "layer3")
 SHAPES = {"fine": (6, 8, 5), "coarse": (3, 4, 9), "last": (2, 2, 7)}
@@ -224,16 +244,14 @@ def test_refit_forgets_the_threshold_of_the_maps():
     assert detector.map_threshold_ == precomputed().fit(X[4:]).map_threshold_ != before
 
 
-def test_display_computes_no_threshold():
-    detector = precomputed().fit(random_features(4))
-    dn2 = precomputed(gallery_size=0).fit(random_features(4))
-    for fitted in (detector, dn2, precomputed()):
-        assert "predict" in dir(fitted)
-        assert "precomputed" in estimator_html_repr(fitted)
-        assert "map_threshold_" not in vars(fitted)
-    assert hasattr(detector, "map_threshold_")
-    assert not hasattr(dn2, "map_threshold_")
-    assert not hasattr(precomputed(), "map_threshold_")
+def test_without_a_gallery_there_is_no_threshold_of_maps():
+    X = random_features(4)
+    detector = precomputed().fit(X)
+    assert detector.map_threshold_ > 0
+    detector.set_params(gallery_size=0).fit(X)
+    assert not hasattr(detector, "map_threshold_")
+    for shown in (detector, precomputed().fit(X), precomputed()):
+        assert "precomputed" in estimator_html_repr(shown)
 
 
 # DN2: images only
@@ -284,20 +302,15 @@ def test_dn2_finds_outliers_among_its_training_images(textures):
 # planted and real defects
 
 
-def test_planted_defects_are_found_and_marked(textures):
+def test_planted_defects_are_found_and_marked(textures, small):
     normal = textures.X_test[textures.y_test == 1]
     broken = normal.copy()
     mask = np.zeros(broken.shape[:3], bool)
     for row in range(len(broken)):
         mask[row, 8 + 4 * row : 24 + 4 * row, 40:56] = True
     broken[mask] = 255
-    detector = SPADE(
-        backbone="shufflenet_v2_x0_5",
-        layers=("maxpool", "stage2"),
-        weights=None,
-        image_score="max",
-        random_state=0,
-    ).fit(textures.X_train)
+    detector = small(SPADE, layers=("maxpool", "stage2"), image_score="max")
+    detector.fit(textures.X_train)
 
     maps = detector.localize(broken)
     peaks = maps.reshape(len(maps), -1).argmax(axis=1)
@@ -365,8 +378,9 @@ def test_features_of_another_shape():
 def test_single_record():
     with pytest.raises(ValueError, match=r"1 sample.* minimum of 2"):
         precomputed().fit(random_features(1))
-    detector = precomputed().fit(random_features(3))
-    assert detector.predict(random_features(1)).shape == (1,)
+    detector, X = precomputed().fit(random_features(3)), random_features(5, seed=1)
+    for row, score in enumerate(detector.score_samples(X)):
+        assert detector.score_samples(X[[row]]) == pytest.approx([score])
     with pytest.raises(ValueError, match=r"0 sample.* minimum of 1"):
         detector.predict(random_features(0))
 
@@ -389,18 +403,17 @@ def test_precomputed_features_must_be_finite(kind):
         spade.fit(X)
 
 
-def test_layers_inside_of_a_sequential_child():
-    X = np.random.default_rng(0).uniform(size=(4, 32, 32, 3))
+def test_layers_inside_of_a_sequential_child(random_images):
+    X = random_images(4, 32, 32, 3)
     spade = SPADE(backbone="vgg11", layers=("features.2", "features.5"), weights=None)
     spade.set_params(random_state=0).fit(X)
     assert spade.localize(X).shape == (4, 32, 32)
     assert spade.embeddings_.shape == (4, 512)
 
 
-def test_a_refit_on_features_forgets_the_network(tmp_path):
-    X = np.random.default_rng(0).uniform(size=(4, 32, 32, 3))
-    spade = SPADE(backbone="shufflenet_v2_x0_5", layers=("stage2",), weights=None)
-    spade.fit(X).set_params(backbone="precomputed")
+def test_a_refit_on_features_forgets_the_network(tmp_path, random_images, small):
+    spade = small(SPADE).fit(random_images(4, 32, 32, 3))
+    spade.set_params(backbone="precomputed")
     features = np.zeros(4, [("stage2", np.float32, (4, 4, 3))])
     features["stage2"] = np.arange(4)[:, None, None, None]
     spade.fit(features)
