@@ -42,6 +42,7 @@ from skanomaly import (
     PNet,
     VariationalAutoencoder,
 )
+from skanomaly._fitting.batches import degrees_and_peaks
 from skanomaly._tensors.filters import gaussian_blur
 from skanomaly.base import BaseDetector, NetworkDetector
 from skanomaly.datasets import load_mvtec
@@ -78,13 +79,16 @@ class Naive(BaseDetector):
         self.verbose = verbose
 
     def _fit(self, images, labels):
+        self._begin_anew()
         pixels = images[:].double()
         self.mean_ = pixels.mean(dim=0).float()
         self.std_ = pixels.std(dim=0).float()
+        return degrees_and_peaks(self._evaluate(images, maps_wanted=True))
 
-    def _anomaly_maps(self, images):
+    def _judge(self, images, *, maps_wanted, generator):
         distances = ((images - self.mean_) / (self.std_ + 0.05)).norm(dim=1)
-        return gaussian_blur(distances, 4 * min(distances.shape[1:]) / 224)
+        maps = gaussian_blur(distances, 4 * min(distances.shape[1:]) / 224)
+        return maps.amax(dim=(1, 2)), maps
 
 
 METHODS = {

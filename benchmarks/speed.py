@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import skanomaly
-import skanomaly.base
+from skanomaly._fitting import loop
 from skanomaly._fitting.batches import resolve_device
 from skanomaly._fitting.loop import _descend, _in_precision, autocast, seeded_generator
 from skanomaly._tensors import losses
@@ -296,17 +296,17 @@ class Training:
 
     def __init__(self, detector, X, y):
         captured = {}
-        train = skanomaly.base.train
+        train = loop.train
 
         def capture(network, samples, **settings):
             captured.update(settings, samples=samples)
             return train(network, samples, **settings)
 
-        skanomaly.base.train = capture
+        loop.train = capture
         try:
             detector.fit(X, y)
         finally:
-            skanomaly.base.train = train
+            loop.train = train
         self.network = detector.network_
         self.samples = captured["samples"]
         self.losses, self.precision = captured["losses"], captured["precision"]

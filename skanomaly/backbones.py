@@ -2,12 +2,16 @@
 
 import hashlib
 import os
+import pickle
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
+from http.client import HTTPException
+from itertools import chain
 from numbers import Integral
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -19,8 +23,14 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._fitting.batches import ImageBatches, resolve_device
-from ._fitting.files import remove_leftovers, replacing
+from ._fitting.batches import ImageBatches, content_key, resolve_device
+from ._fitting.files import (
+    DamagedFileError,
+    named_write_errors,
+    read_summed,
+    remove_leftovers,
+    replacing_summed,
+)
 from ._fitting.loop import autocast, seeded
 from ._fitting.persistence import (
     PersistentNetwork,
@@ -29,11 +39,17 @@ from ._fitting.persistence import (
     plain_parameters,
 )
 from ._typing import Self, StrPath, fit_context
-from ._validation import check_images
+from ._validation import check_images, check_range
 
 __all__ = ["Backbone", "BackboneFeatures"]
 
 MIN_SIDE = 32
+WANTED_WEIGHTS = (
+    "Wanted is a state dict of tensors, as torch.save(model.state_dict(), PATH) writes "
+    "it, or a .safetensors file; nothing else is loaded, since it might run code."
+)
+FOREIGN_CLASS = re.compile(r"GLOBAL (\S+) (?:was|whose)")
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.")
 HEADS = ("avgpool", "classifier", "fc", "heads")
 NOT_CHAINS = ("googlenet", "inception", "maxvit", "swin", "vit")
 
@@ -153,7 +169,8 @@ class Backbone(nn.Module):
         Raises
         ------
         ValueError
-            If a parameter is missing, unknown or of another shape.
+            If a parameter is missing, unknown, of another shape, NaN or infinite, or if
+            a running variance is negative.
         """
         own = self.trunk.state_dict()
         with torch.device("meta"):
@@ -178,7 +195,16 @@ class Backbone(nn.Module):
                     f"weights={source!r} do not fit {self.name} up to "
                     f"{self.stages[-1]!r}: the state dict {problem} {keys[0]!r}{more}."
                 )
-        self.trunk.load_state_dict({key: state.get(key, own[key]) for key in own})
+        loaded = {key: state.get(key, value).to(value) for key, value in own.items()}
+        for key, value in loaded.items():
+            if not value.isfinite().all():
+                problem = "NaN or infinity"
+            elif key.endswith("running_var") and (value < 0).any():
+                problem = "a negative variance"
+            else:
+                continue
+            raise ValueError(f"weights={source!r} hold {problem} in {key!r}.")
+        self.trunk.load_state_dict(loaded)
 
 
 def _whole(name):
@@ -227,20 +253,44 @@ def _cut(module, stages, prefix=""):
 
 
 def _download(name):
+    """Read torchvision's weights of a network, downloaded unless torch hub has them."""
     import torchvision
 
     versions = torchvision.models.get_model_weights(name)
     weights = getattr(versions, "IMAGENET1K_V1", versions.DEFAULT)
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except (URLError, TimeoutError) as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise OSError(
-            f"weights='imagenet' of {name} could not be downloaded ({error}). Give the "
-            "path of a state dict, weights=PATH, or put "
-            f"{weights.url.rsplit('/', 1)[1]} into {folder}; weights=None takes random "
-            "ones."
-        ) from error
+    file = weights.url.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    named_hash = HASH_IN_NAME.search(file)
+    prefix = named_hash.group(1) if named_hash else None
+    if not path.exists():
+        what = f"weights='imagenet' of {name} could not be downloaded"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(
+                weights.url, str(path), prefix, progress=False
+            )
+        # broken connections raise all kinds, another hash a RuntimeError
+        except (OSError, RuntimeError, HTTPException) as error:
+            raise OSError(
+                f"{what} ({error}). Give the path of a state dict, weights=PATH, or "
+                f"put {file} into {path.parent}; weights=None takes random ones."
+            ) from error
+    if prefix is not None:
+        _compare_hash(path, prefix)
+    return _read_weights(path)
+
+
+def _compare_hash(path, prefix):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    if not digest.hexdigest().startswith(prefix):
+        raise ValueError(
+            f"weights='imagenet': {str(path)!r} is damaged or another file, for its "
+            f"SHA-256 begins with {digest.hexdigest()[: len(prefix)]} and not with "
+            f"{prefix} as its name says. Delete it to have it downloaded again."
+        )
 
 
 def _read_weights(path):
@@ -257,15 +307,45 @@ def _read_weights(path):
     try:
         state = read(path)
     except Exception as error:  # damaged files raise errors of many types
-        raise ValueError(f"weights={str(path)!r} cannot be read: {error}") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(value, torch.Tensor) for value in state.values()
-    ):
         raise ValueError(
-            f"weights={str(path)!r} holds no state dict, a dictionary of tensors by "
-            "name."
-        )
-    return state
+            f"weights={str(path)!r} cannot be read: {_what_is_wrong(error)}. "
+            f"{WANTED_WEIGHTS}"
+        ) from None  # torch's own words advise to switch the protection off
+    if not isinstance(state, dict):
+        held = f"an object of type {type(state).__name__}"
+    else:
+        foreign = [key for key in state if not _is_plain(key, state[key])]
+        if not foreign:
+            return state
+        held = f"{foreign[0]!r} of type {type(state[foreign[0]]).__name__}"
+    raise ValueError(
+        f"weights={str(path)!r} holds no state dict, a dictionary of plain tensors by "
+        f"name, but {held}. {WANTED_WEIGHTS}"
+    )
+
+
+def _what_is_wrong(error):
+    words = str(error)
+    if named := FOREIGN_CLASS.search(words):
+        return f"it holds {named.group(1)}"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or was not written by torch.save"
+    if "weights_only" in words:
+        return "it is a TorchScript archive or a tar file of an old torch"
+    if isinstance(error, EOFError):
+        return "it is empty or cut short"
+    return re.split(r"\.\s|\n", words)[0].rstrip(".") or type(error).__name__
+
+
+def _is_plain(key, value):
+    return (
+        isinstance(key, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+    )
 
 
 def make_backbone(
@@ -285,7 +365,8 @@ def make_backbone(
         Layers whose features are wanted.
     weights : str, path or None
         "imagenet" for torchvision's own (version 1, which papers use), downloaded or
-        taken from torch hub's cache; the file of a state dict with torchvision's names,
+        taken from torch hub's cache, where the SHA-256 that begins in its name is
+        compared; the file of a state dict with torchvision's names,
         ``.pth`` or ``.safetensors``; or None for random weights, drawn from torch's
         generator.
     with_last_stage : bool, default=False
@@ -302,8 +383,8 @@ def make_backbone(
     OSError
         If there is no such file, or if the download fails.
     ValueError
-        If name or layers are unknown, or if the file is damaged, holds no state dict or
-        one of another network.
+        If name or layers are unknown, or if the file is damaged, holds no state dict,
+        one of another network, NaN, infinity or a negative variance.
     """
     with torch.device("meta"):
         Backbone(name, layers)  # refuses unknown names before weights are fetched
@@ -359,7 +440,8 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
     memory : str or path, default=None
         Folder in which features are kept, image by image, under a key of the image's
         content and the backbone's weights. Folds, candidates and clones of a search
-        share it, and each image passes the backbone once.
+        share it, and each image passes the backbone once. A file carries a checksum,
+        and a damaged one is computed anew, with a warning.
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.
@@ -470,6 +552,7 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
             network = make_backbone(self.backbone, self.layers, self.weights)
         self.network_ = channels_last(network.to(resolve_device(self.device, X)))
         self._built_from = plain_parameters(self)
+        self._value_range = tuple(check_range(self, X))
         return self
 
     def transform(self, X: ArrayLike) -> NDArray[Any]:
@@ -489,6 +572,7 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = check_images(self, X, reset=False, image_shape=self.image_shape)
+        check_range(self, X, seen=self._value_range)
         images = ImageBatches(X, resolve_device(self.device, X))
         self.network_.to(images.device)
         if self.memory is None:
@@ -543,18 +627,38 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
 
     def _remember(self, images):
         folder = Path(self.memory) / self._identity()
-        folder.mkdir(parents=True, exist_ok=True)
+        with named_write_errors(f"memory={os.fspath(self.memory)!r}"):
+            folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        files = [folder / f"{_content_key(image)}.npy" for image in images.array]
-        first = {file: row for row, file in reversed(list(enumerate(files)))}
-        missing = sorted(row for file, row in first.items() if not file.exists())
+        rows_of = {}  # an image may come twice
+        for row, image in enumerate(images.array):
+            file = folder / f"{content_key(image)}.npy"
+            rows_of.setdefault(file, []).append(row)
+        result = _Rows(len(images))
+        missing, damaged = [], []
+        for file, rows in rows_of.items():
+            try:
+                result.put(rows, read_summed(file))
+            except FileNotFoundError:
+                missing.append(file)
+            except DamagedFileError as error:
+                damaged.append(f"{str(file)!r} ({error})")
+                missing.append(file)
+        if damaged:
+            warnings.warn(
+                f"memory: {len(damaged)} files are damaged, such as {damaged[0]}; "
+                "their features are computed anew.",
+                stacklevel=3,
+            )
         if missing:
-            unseen = ImageBatches(images.array, images.device, np.array(missing))
-            remaining = iter(missing)
-            for records in self._compute(unseen):
-                for record in records:
-                    _save(files[next(remaining)], record)
-        return _collect(len(files), (np.load(file)[None] for file in files))
+            unseen = np.array([rows_of[file][0] for file in missing])
+            unseen = ImageBatches(images.array, images.device, unseen)
+            files = iter(missing)
+            for record in chain.from_iterable(self._compute(unseen)):
+                file = next(files)
+                _save(file, record)
+                result.put(rows_of[file], record)
+        return result.array
 
     def _identity(self):
         """Return a key of everything but the image that the features depend on."""
@@ -569,25 +673,30 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         return f"{self.backbone}-{digest.hexdigest()[:24]}"
 
 
+class _Rows:
+    """An array of length n, made when the first rows come in."""
+
+    def __init__(self, n):
+        self.n = n
+        self.array = None
+
+    def put(self, rows, values):
+        if self.array is None:
+            shape = values.shape if isinstance(rows, list) else values.shape[1:]
+            self.array = np.empty((self.n, *shape), values.dtype)
+        self.array[rows] = values
+
+
 def _collect(n, batches):
     """Gather batches of arrays in one array of length n."""
-    result, start = None, 0
+    result, start = _Rows(n), 0
     for batch in batches:
-        if result is None:
-            result = np.empty((n, *batch.shape[1:]), batch.dtype)
-        result[start : start + len(batch)] = batch
+        result.put(slice(start, start + len(batch)), batch)
         start += len(batch)
-    return result
-
-
-def _content_key(image):
-    image = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
-    digest = hashlib.sha256(repr((image.shape, image.dtype.str)).encode())
-    digest.update(np.ascontiguousarray(image))
-    return digest.hexdigest()[:32]
+    return result.array
 
 
 def _save(file, record):
     """Write an array into a file that appears under its name only when complete."""
-    with replacing(file, f"memory: {str(file)!r}") as stream:
+    with replacing_summed(file, f"memory: {str(file)!r}") as stream:
         np.save(stream, record)

@@ -13,26 +13,18 @@ from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from ._fitting.batches import ImageBatches, degrees_and_peaks, resolve_device
-from ._fitting.loop import (
-    Optimizers,
-    Samples,
-    autocast,
-    seeded,
-    seeded_generator,
-    train,
-)
-from ._fitting.persistence import (
-    PersistentNetwork,
-    channels_last,
-    check_architecture,
-    forget,
-    plain_parameters,
-)
+from . import _validation
+from ._fitting import batches, loop, persistence
+from ._fitting.persistence import PersistentNetwork
 from ._fitting.processes import Processes
 from ._fitting.progress import Progress
-from ._typing import Self, fit_context
-from ._validation import check_images, check_labels, check_out, warn_of_bytes
+from ._typing import Self, available_if, fit_context
+
+
+def _with_maps(detector):
+    if (reason := detector._why_no_maps()) is not None:
+        raise AttributeError(f"{type(detector).__name__} has no maps: {reason}.")
+    return True
 
 
 class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABCMeta):
@@ -55,6 +47,9 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
 
     # number of images a clip, of methods that take clips
     _clip_length = None
+    # parameters that the judgement takes as they are now; beside what says how to
+    # compute (persistence.HOW_TO_COMPUTE) all others are those of the fit
+    _judged_by: tuple[str, ...] = ()
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -98,7 +93,8 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         numpy.ndarray of shape (n,)
             Scores, the negative of the image's degree of anomaly.
         """
-        batches = self._evaluate(self._images(X), maps_wanted=False)
+        fitted, images = self._prepare(X)
+        batches = fitted._evaluate(images, maps_wanted=False)
         return -np.concatenate([degrees for _, degrees, _ in batches])
 
     def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -114,6 +110,7 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         numpy.ndarray of shape (n,)
             ``score_samples(X) - offset_``, negative for anomalous images.
         """
+        _validation.warn_of_thresholds(self)
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
@@ -134,24 +131,9 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
     def fit_predict(
         self, X: ArrayLike, y: ArrayLike | None = None, **fit_params
     ) -> NDArray[np.int64]:
-        """Fit and tell normal from anomalous images of the same set.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
-            Training images.
-        y : array-like of shape (n,) or (n, H, W), default=None
-            Labels or masks, as `fit` takes them.
-        **fit_params : dict
-            Further arguments of `fit`.
-
-        Returns
-        -------
-        numpy.ndarray of shape (n,)
-            +1 for normal and -1 for anomalous images.
-        """
         return self.fit(X, y, **fit_params).predict(X)
 
+    @available_if(_with_maps)
     def localize(
         self, X: ArrayLike, *, out: NDArray[np.floating] | None = None
     ) -> NDArray[np.floating]:
@@ -170,13 +152,14 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         numpy.ndarray of shape (n, H, W)
             Anomaly maps, float32 unless `out` is of another type, high where anomalous.
         """
-        images = self._images(X)
-        shape = (len(images), *self._map_shape)
-        result = np.empty(shape, np.float32) if out is None else check_out(out, shape)
-        for rows, _, maps in self._evaluate(images, maps_wanted=True):
+        fitted, images = self._prepare(X)
+        shape = (len(images), *fitted._map_shape)
+        result = _validation.check_out(out, shape)
+        for rows, _, maps in fitted._evaluate(images, maps_wanted=True):
             result[rows] = maps
         return result
 
+    @available_if(_with_maps)
     def segment(self, X: ArrayLike) -> NDArray[np.bool_]:
         """Mark the anomalous pixels of anomalous images.
 
@@ -191,9 +174,10 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
             True where the map exceeds ``map_threshold_``, in images that ``predict``
             calls anomalous.
         """
-        images = self._images(X)
-        result = np.empty((len(images), *self._map_shape), bool)
-        for rows, degrees, maps in self._evaluate(images, maps_wanted=True):
+        _validation.warn_of_thresholds(self)
+        fitted, images = self._prepare(X)
+        result = np.empty((len(images), *fitted._map_shape), bool)
+        for rows, degrees, maps in fitted._evaluate(images, maps_wanted=True):
             normal = -degrees - self.offset_ >= 0
             result[rows] = maps > self.map_threshold_
             result[rows][normal] = False
@@ -201,12 +185,18 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
 
     def _fit_to(self, X, y, **given):
         """Fit, with what a method's `fit` is given beside images and labels."""
+        _validation.check_default_dtype()
         X = self._check_X(X, reset=True)
         images, labels = self._training_images(X, self._check_y(y, len(X)))
-        warn_of_bytes(images.array)
+        value_range = _validation.check_range(self, images.array)
         self._check_settings()
-        forget(self, "offset_", "map_threshold_")
-        degrees, peaks = self._fit(images, labels, **given)
+        _validation.warn_of_copies(images.groups)
+        persistence.forget(self, "offset_", "map_threshold_")
+        # whatever the caller has switched off
+        with torch.inference_mode(False), torch.enable_grad():
+            degrees, peaks = self._fit(images, labels, **given)
+        _validation.check_finite(self, degrees, peaks)
+        self._value_range = value_range and tuple(value_range)
         self.offset_ = np.percentile(-degrees, 100 * self.contamination)
         if peaks is not None:
             self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)
@@ -216,7 +206,7 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
 
     @abstractmethod
     def _fit(self, images, labels):
-        """Learn from the training images, an ImageBatches, and their labels or None.
+        """Learn from the training images, an ImageBatches, and their labels.
 
         Return what thresholds are taken from: degrees of anomaly (n,) of normal images
         and the maxima (n,) of their maps, or None where there are no maps.
@@ -232,6 +222,10 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
 
     def _check_settings(self):
         """Raise if parameters do not fit each other or the images."""
+
+    def _why_no_maps(self):
+        """Return why there are no maps, or None."""
+        return None
 
     def _why_not_exported(self):
         """Return why a graph cannot hold what the detector does, or None."""
@@ -253,7 +247,7 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
     # the ways of images
 
     def _check_X(self, X, *, reset):
-        return check_images(
+        return _validation.check_images(
             self,
             X,
             reset=reset,
@@ -263,61 +257,63 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         )
 
     def _check_y(self, y, n_samples):
-        return check_labels(y, n_samples)
+        return _validation.check_labels(y, n_samples)
 
     def _training_images(self, X, labels):
         """Return the images to learn from and their labels; normal ones, if known."""
-        device = resolve_device(self.device, X)
+        device = batches.resolve_device(self.device, X)
         if labels is None:
-            return ImageBatches(X, device), None
-        normal = np.flatnonzero(labels == 1)
-        if len(normal) < 2:
-            raise ValueError(
-                f"{type(self).__name__} learns from normal images (label +1) and needs "
-                f"2 or more, but y marks n_samples = {len(normal)}."
-            )
-        return ImageBatches(X, device, normal), labels[normal]
+            return batches.ImageBatches(X, device), None
+        normal = _validation.normal_rows(self, labels)
+        return batches.ImageBatches(X, device, normal), labels[normal]
 
-    def _images(self, X):
-        """Return the images to predict for, and see that the network is where they are.
+    def _prepare(self, X):
+        """Return the detector as it was fitted, and the images to predict for.
 
-        Its parameters are always together, so that one of them tells.
+        The network goes to the device of the images.
         """
         check_is_fitted(self)
-        X = self._check_X(X, reset=False)
-        device = resolve_device(self.device, X)
+        _validation.check_default_dtype()
+        fitted = persistence.as_fitted(self)
+        X = fitted._check_X(X, reset=False)
+        _validation.check_range(self, X, seen=self._value_range)
+        device = batches.resolve_device(self.device, X)
         network = getattr(self, "network_", None)
+        # its parameters are always together, so that one of them tells
         if network is not None and next(network.parameters()).device != device:
             network.to(device)
-        return ImageBatches(X, device)
+        return fitted, batches.ImageBatches(X, device)
 
     def _begin_anew(self):
         """Draw the seed of a fit, and note what its network is built from."""
-        self._built_from = plain_parameters(self)
+        self._built_from = persistence.plain_parameters(self)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         self._seed = int(Processes().of_first(torch.tensor(seed)))
 
     def _in_batches(self, images, function):
         """Yield the rows of each batch and what a function returns for its images."""
         for rows in gen_batches(len(images), self.batch_size):
-            with torch.inference_mode(), autocast(images.device, self.precision):
-                result = function(images[rows], generator=seeded_generator(self._seed))
+            with torch.inference_mode(), loop.autocast(images.device, self.precision):
+                generator = loop.seeded_generator(self._seed)
+                result = function(images[rows], generator=generator)
             yield rows, result
 
     def _evaluate(self, images, *, maps_wanted, judge=None):
         """Yield the rows, degrees of anomaly and maps (or None) of each batch."""
         judge = partial(judge or self._judge, maps_wanted=maps_wanted)
         for rows, (degrees, maps) in self._in_batches(images, judge):
-            yield (
-                rows,
-                degrees.cpu().double().numpy(),
-                maps.float().cpu().numpy() if maps_wanted else None,
-            )
+            degrees = degrees.cpu().double().numpy()
+            maps = maps.float().cpu().numpy() if maps_wanted else None
+            _validation.check_finite(self, degrees, maps)
+            yield rows, degrees, maps
 
     def _scores_and_peaks(self, X):
         """Return the scores (n,) of images and the maxima (n,) of their maps."""
-        judged = self._evaluate(self._images(X), maps_wanted=True)
-        degrees, peaks = degrees_and_peaks(judged)
+        if self._why_no_maps() is not None:
+            return self.score_samples(X), None
+        fitted, images = self._prepare(X)
+        judged = fitted._evaluate(images, maps_wanted=True)
+        degrees, peaks = batches.degrees_and_peaks(judged)
         return -degrees, peaks
 
 
@@ -366,7 +362,7 @@ class NetworkDetector(BaseDetector):
     def _learn(self, images, labels, progress):
         """Train; return the judged batches of normal images, for the thresholds."""
         self._begin(images.device, progress)
-        self._train(Samples(images, labels, device=images.device), progress)
+        self._train(loop.Samples(images, labels, device=images.device), progress)
         self._survey(images)
         return self._evaluate(images, maps_wanted=True)
 
@@ -393,7 +389,8 @@ class NetworkDetector(BaseDetector):
 
     def _fit(self, images, labels, **given):
         with Progress.of(self, images, labels, **given) as progress:
-            return degrees_and_peaks(self._learn(images, labels, progress, **given))
+            judged = self._learn(images, labels, progress, **given)
+            return batches.degrees_and_peaks(judged)
 
     def _begin(self, device, progress, build=None):
         """Make the network, unless the fit goes on with one, and move it to a device.
@@ -401,19 +398,19 @@ class NetworkDetector(BaseDetector):
         A method whose network depends on the images hands down how to ``build`` it.
         """
         if progress.goes_on:
-            check_architecture(self)
+            persistence.check_architecture(self)
             self._own_weights()
         else:
-            forget(self, "network_")
+            persistence.forget(self, "network_")
             self._begin_anew()
-            with seeded(self._seed):
+            with loop.seeded(self._seed):
                 self.network_ = (build or self._build_network)()
             self.loss_curve_ = []
             self.validation_curve_ = []
-            forget(self, "_optimizers")
+            persistence.forget(self, "_optimizers")
         if not hasattr(self, "_optimizers"):  # files do not hold them
             self._optimizers = {}
-        channels_last(self.network_.to(device))
+        persistence.channels_last(self.network_.to(device))
         for optimizer in self._optimizers.values():
             # moves the moments to the device of the weights
             optimizer.load_state_dict(optimizer.state_dict())
@@ -424,10 +421,10 @@ class NetworkDetector(BaseDetector):
         Returns whether the training came to its end.
         """
         try:
-            progress.finished = train(
+            progress.finished = loop.train(
                 self.network_,
                 samples,
-                optimizers=Optimizers(
+                optimizers=loop.Optimizers(
                     self._optimizers, self._optimizer, scheduler or self._scheduler
                 ),
                 loss_curve=self.loss_curve_ if loss_curve is None else loss_curve,

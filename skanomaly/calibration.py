@@ -1,6 +1,8 @@
 """Thresholds with a promised rate of false alarms, from images not trained on."""
 
+import copy
 import math
+import os
 import warnings
 from numbers import Integral, Real
 from typing import Any
@@ -8,17 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, OutlierMixin, clone
+from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import KFold
 from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing, get_tags, indexable
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
+from ._fitting.batches import content_key
 from ._fitting.persistence import forget
 from ._typing import ImagesOrPaths, Self, available_if, fit_context
-from ._validation import check_labels
+from ._validation import required_labels, warn_of_copies
 from .base import BaseDetector
-from .pipeline import with_maps
+from .pipeline import final_step, with_maps
 
 
 def _estimator_has(method):
@@ -165,24 +169,30 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If ``method="loo"`` and the estimator cannot leave one image out, or
-            ``method="cv"`` and it has a checkpoint, which belongs to one fit.
+            If y holds other labels than -1 and +1, ``method="loo"`` and the estimator
+            cannot leave one image out, or ``method="cv"`` and it has a checkpoint,
+            which belongs to one fit.
 
         Warns
         -----
         UserWarning
-            If y holds other labels than -1 and +1: they are ignored.
+            If normal images are in X more than once. Copies stay together, and only
+            one of them sets a threshold.
         """
-        final = _detector(self.estimator)
+        final = final_step(self.estimator)
         self._check_method(final)
         X, y = indexable(X, y)
         n_samples = _num_samples(X)
-        labels = check_labels(y, n_samples)
-        if labels is None:
-            y, labels = None, np.ones(n_samples)
+        labels = required_labels(y, n_samples)
         normal, anomalous = np.flatnonzero(labels == 1), np.flatnonzero(labels == -1)
         if not get_tags(final).target_tags.required:
             anomalous = anomalous[:0]
+
+        groups = _groups(X, normal)
+        warn_of_copies(groups)
+        if isinstance(self.cv, Integral) and groups.max() + 1 < self.cv:
+            groups = np.arange(len(normal))  # nothing but copies
+        _, firsts = np.unique(groups, return_index=True)
 
         def fitted(rows):
             rows = np.concatenate([normal[rows], anomalous])
@@ -194,11 +204,13 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         forget(self, "offset_", "map_threshold_")
         if self.method == "loo":
             self.estimator_ = fitted(np.arange(len(normal)))
-            degrees, peaks = _detector(self.estimator_)._leave_one_out()
-            scores = -degrees
+            degrees, peaks = final_step(self.estimator_)._leave_one_out()
+            scores = -degrees[firsts]
+            peaks = None if peaks is None else peaks[firsts]
         else:
             splits = [
-                (train, normal[test]) for train, test in self._splitter().split(normal)
+                (train, normal[np.intersect1d(test, firsts)])
+                for train, test in self._splits(groups)
             ]
             found = []
             for train, test in splits[: 1 if self.method == "holdout" else None]:
@@ -210,7 +222,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
             )
             if self.method == "cv":
                 detector = fitted(np.arange(len(normal)))
-            self.estimator_ = detector
+            self.estimator_ = _own_copy(detector)
         self._set_thresholds(scores, peaks)
         return self
 
@@ -236,10 +248,18 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
                 f"{reason}: take 'cv' or 'holdout'."
             )
 
-    def _splitter(self):
-        if isinstance(self.cv, Integral):
-            return KFold(self.cv, shuffle=True, random_state=0)
-        return self.cv
+    def _splits(self, groups):
+        """Yield training and test rows of normal images; copies stay together."""
+        if not isinstance(self.cv, Integral):
+            yield from self.cv.split(groups)
+            return
+        folds = KFold(self.cv, shuffle=True, random_state=0)
+        numbers, firsts = np.unique(groups, return_index=True)
+        numbers = numbers[np.argsort(firsts)]  # in the order of the images
+        for train, test in folds.split(numbers):
+            yield tuple(
+                np.flatnonzero(np.isin(groups, numbers[part])) for part in (train, test)
+            )
 
     def _set_thresholds(self, scores, peaks):
         n = len(scores)
@@ -255,7 +275,7 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
             )
             n_positives = 1
         self.calibration_scores_ = np.sort(scores)
-        detector = _detector(self.estimator_)
+        detector = final_step(self.estimator_)
         if peaks is not None:
             self.map_threshold_ = float(np.sort(peaks)[-n_positives])
             detector.map_threshold_ = self.map_threshold_
@@ -367,15 +387,48 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         return with_maps(self.estimator_).segment(X)
 
 
-def _detector(estimator):
-    """Return the last step of a pipeline, or the estimator itself."""
+def _own_copy(estimator):
+    """Return an estimator whose thresholds may be set: frozen ones are the user's."""
+    if isinstance(estimator, FrozenEstimator):
+        return _shallow_copy(estimator.estimator)
     if isinstance(estimator, Pipeline):
-        return _detector(estimator.steps[-1][1])
+        (*others, (name, final)) = estimator.steps
+        estimator = copy.copy(estimator)
+        estimator.steps = [*others, (name, _own_copy(final))]
     return estimator
+
+
+def _shallow_copy(estimator):
+    """Copy a detector, or a pipeline as far as its detector."""
+    copied = copy.copy(estimator)
+    if isinstance(copied, Pipeline):
+        (*others, (name, final)) = copied.steps
+        copied.steps = [*others, (name, _shallow_copy(final))]
+    return copied
+
+
+def _groups(X, rows):
+    """Return a number for some of the images, which only equal ones share."""
+    images = _safe_indexing(X, rows)
+    if hasattr(images, "iloc"):
+        images = images.to_numpy()
+    return np.unique(np.array(list(map(_key, images))), return_inverse=True)[1]
+
+
+def _key(image):
+    """Return a text that only equal images, or files of equal content, share."""
+    if not isinstance(image, (str, os.PathLike)):
+        return content_key(image)
+    try:
+        return content_key(np.fromfile(image, np.uint8))
+    except OSError:  # what reads the file has better words for it
+        return os.fspath(image)
 
 
 def _scores_and_peaks(estimator, X):
     """Return the scores of images and, of a detector of ours, their maps' maxima."""
+    if isinstance(estimator, FrozenEstimator):
+        return _scores_and_peaks(estimator.estimator, X)
     if isinstance(estimator, Pipeline):
         if len(estimator.steps) > 1:
             X = estimator[:-1].transform(X)

@@ -1,16 +1,22 @@
 """Data sets for visual anomaly detection: at hand, synthetic, or read from a folder."""
 
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import chain
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-from PIL import Image
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageOps
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from ._typing import StrPath, validate_params
-from .images import IMAGE_SUFFIXES, LoadImages, image_files, read_image
+from .images import IMAGE_SUFFIXES, LoadImages, find_images, is_hidden, open_image
 
 TEXTURES_DESCR = """\
 Photographed textures with planted defects
@@ -48,6 +54,11 @@ form     the shape is a cross
 Outside of these intervals test videos are made like training videos. A mask is where
 the anomalous shape is.
 """
+
+GOOD_NAMES = {"good", "normal", "ok"}
+MASK_ENDING = re.compile(r"_mask([_-]?[0-9]+)?$")
+HALF = 127  # of the values of 8 bits
+CHROMA_NOISE = 24
 
 _TEXTURES = ("brick", "grass", "gravel")
 _CROP = 128  # side of a crop in pixels of the photograph
@@ -232,6 +243,7 @@ def load_mvtec(
     *,
     size: int | tuple[int, int] | None = None,
     mode: str = "RGB",
+    max_value: int | None = None,
     n_jobs: int | None = None,
 ) -> Bunch:
     """Load a category of a data set in the folder layout of MVTec AD.
@@ -243,8 +255,14 @@ def load_mvtec(
         root/category/test/DEFECT/NAME.png
         root/category/ground_truth/DEFECT/NAME_mask.png
 
-    where masks may also be called ``NAME.png``, and the images may be of the types bmp,
-    jpg, png, tif and webp.
+    where "good" may also be called "ok" or "normal", in capitals or not. Files in
+    folders further down are read as well; their masks are looked for at the same place
+    below ``ground_truth``. Hidden files and folders are left out. Images may be of any
+    type that :class:`~skanomaly.LoadImages` reads.
+
+    Masks may be called ``NAME.png`` and ``NAME_mask.png`` as well as
+    ``NAME_mask_1.png`` and so on, or be all the images of a folder ``NAME``. Where an
+    image has several masks, a pixel is anomalous if it is so in any of them.
 
     Parameters
     ----------
@@ -258,6 +276,10 @@ def load_mvtec(
         pixel. None keeps the size of the files, which must then be the same for all.
     mode : {"RGB", "L"}, default="RGB"
         Colour (3 channels) or grey (1 channel).
+    max_value : int, default=None
+        The value that counts as white in grey images of 16 bits, such as 4095 for data
+        of 12 bits; values above it come out white. None means 65535, and warns where no
+        value in the images exceeds 4095.
     n_jobs : int, default=None
         Number of threads that decode; None means 1, -1 all processors.
 
@@ -271,12 +293,12 @@ def load_mvtec(
         X_test : ndarray of shape (n_test, H, W, C)
             Test images, uint8, sorted by defect and file name.
         y_test : ndarray of shape (n_test,)
-            +1 for normal ("good") and -1 for anomalous images.
+            +1 for normal ("good", "ok", "normal") and -1 for anomalous images.
         masks_test : ndarray of shape (n_test, H, W) or None
-            True where anomalous, which is where a mask exceeds half of 255. None if
-            there is no folder ``ground_truth``.
+            True where anomalous; the Notes say how masks are read. None if there is no
+            folder ``ground_truth``.
         defect_test : ndarray of shape (n_test,)
-            Names of the defects, that is, of the folders under ``test``.
+            Names of the defects, that is, of the folders right under ``test``.
         paths_train : ndarray of shape (n_train,)
             Paths of the training images.
         paths_test : ndarray of shape (n_test,)
@@ -293,10 +315,31 @@ def load_mvtec(
     OSError
         If a file cannot be read.
 
+    Warns
+    -----
+    UserWarning
+        If the mask of an anomalous image is empty or full, or if files that are neither
+        images nor well-known companions of them are skipped.
+
     See Also
     --------
     skanomaly.images.LoadImages : Load images from a list of paths.
     load_textures : Images that need no folder.
+
+    Notes
+    -----
+    What is anomalous depends on how the mask is stored:
+
+    - Grey of 1, 8, 16 or 32 bits, and colour whose channels are all equal: what is not
+      0. Files of 8 bits with more than three different values, some of them above 127,
+      are taken for masks with soft edges: what is above 127. Numbers of many classes
+      that are spread over 0 to 255 look the same; store them as a palette.
+    - A palette: what is not the background, the index of most pixels on the border.
+    - Colour: what is not the background, the colour of most pixels on the border.
+    - With transparency: if the colours are all the same and the transparency is not,
+      what is opaque, as in a grey file. Otherwise transparency is left out.
+    - JPEG and WebP, whose compression leaves noise around edges: what is farther from 0
+      (or from the background's colour) than half of the farthest pixel.
 
     References
     ----------
@@ -311,57 +354,55 @@ def load_mvtec(
     >>> import numpy as np
     >>> from PIL import Image
     >>> from skanomaly.datasets import load_mvtec
+    >>> pixels = np.zeros((8, 8), np.uint8)
+    >>> pixels[2:6, 2:6] = 255
     >>> with tempfile.TemporaryDirectory() as root:
     ...     for name in ("train/good/0", "test/good/0", "test/hole/0",
     ...                  "ground_truth/hole/0_mask"):
     ...         path = Path(root, "cork", f"{name}.png")
     ...         path.parent.mkdir(parents=True)
-    ...         Image.fromarray(np.full((8, 8), 255, np.uint8)).save(path)
+    ...         Image.fromarray(pixels).save(path)
     ...     data = load_mvtec(root, "cork", mode="L")
     >>> data.X_train.shape, data.y_test, data.masks_test.sum(axis=(1, 2))
-    ((1, 8, 8, 1), array([ 1, -1]), array([ 0, 64]))
+    ((1, 8, 8, 1), array([ 1, -1]), array([ 0, 16]))
     """
     folder = Path(root) / category
-    for needed in (Path(root), folder, folder / "train" / "good", folder / "test"):
-        if not needed.is_dir():
-            raise FileNotFoundError(
-                f"There is no folder {str(needed)!r}. Wanted are "
-                f"{str(folder / 'train' / 'good')!r} with normal images and "
-                f"{str(folder / 'test')!r} with one folder of images for each defect "
-                "and one named 'good'."
-            )
-    train = image_files(folder / "train" / "good")
-    test = [
-        path
-        for defect in sorted((folder / "test").iterdir())
-        if defect.is_dir()
-        for path in image_files(defect)
-    ]
+    for needed in (Path(root), folder, folder / "train", folder / "test"):
+        _check_folder(needed, folder)
+    subfolders = _folders(folder / "train")
+    good = [path for path in subfolders if _is_good(path.name)]
+    if not good:
+        _check_folder(folder / "train" / "good", folder)
+    train, skipped_train = _images_in(good)
+    test, skipped_test = _images_in(_folders(folder / "test"))
     for files, place in ((train, "train/good"), (test, "test")):
         if not files:
             raise FileNotFoundError(
                 f"There are no images in {str(folder / place)!r}. Wanted are files "
                 f"ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
             )
-    defects = np.array([path.parent.name for path in test])
-    masked = (folder / "ground_truth").is_dir()
-    mask_files = {
-        i: _mask_file(folder / "ground_truth", path)
-        for i, path in enumerate(test)
-        if masked and defects[i] != "good"
-    }
+    stray = [*chain(*find_images(folder / "train"), *find_images(folder / "test"))]
+    not_good = [path for path in subfolders if path not in good]
+    _warn_of_skipped(folder, skipped_train + skipped_test + stray + not_good)
 
-    loader = LoadImages(size=size, mode=mode, n_jobs=n_jobs)
+    defects = np.array([path.relative_to(folder / "test").parts[0] for path in test])
+    normal = np.array([_is_good(defect) for defect in defects])
+    masked = (folder / "ground_truth").is_dir()
+    anomalous = np.flatnonzero(~normal & masked)
+    mask_files = _mask_files(folder, [test[i] for i in anomalous])
+
+    loader = LoadImages(size=size, mode=mode, max_value=max_value, n_jobs=n_jobs)
     images = loader.fit_transform(train + test)
     masks = None
     if masked:
         masks = np.zeros((len(test), *images.shape[1:3]), bool)
-        for i, mask_file in mask_files.items():
-            masks[i] = _read_mask(mask_file, test[i], images.shape[1:3])
+        for i, files in zip(anomalous, mask_files, strict=True):
+            masks[i] = _joined_masks(files, test[i], images.shape[1:3])
+        _warn_of_trivial(masks[anomalous], mask_files)
     return Bunch(
         X_train=images[: len(train)],
         X_test=images[len(train) :],
-        y_test=np.where(defects == "good", 1, -1),
+        y_test=np.where(normal, 1, -1),
         masks_test=masks,
         defect_test=defects,
         paths_train=np.array([str(path) for path in train]),
@@ -369,33 +410,214 @@ def load_mvtec(
     )
 
 
-def _mask_file(ground_truth, image_file):
-    folder, stem = ground_truth / image_file.parent.name, image_file.stem
-    if folder.is_dir():
-        files = {path.stem: path for path in image_files(folder)}
-        for name in (f"{stem}_mask", stem):
-            if name in files:
-                return files[name]
-    raise FileNotFoundError(
-        f"The anomalous image {str(image_file)!r} has no mask: there is neither "
-        f"{folder / stem}_mask.png nor {folder / stem}.png, nor either of "
-        "another image type."
+def _check_folder(needed, folder):
+    if not needed.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {str(needed)!r}. Wanted are "
+            f"{str(folder / 'train' / 'good')!r} with normal images and "
+            f"{str(folder / 'test')!r} with one folder of images for each defect "
+            "and one named 'good'."
+        )
+
+
+def _folders(folder):
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not is_hidden(path)
     )
 
 
-def _read_mask(mask_file, image_file, size):
-    mask = read_image(mask_file, mode="L")[:, :, 0] > 127
-    image_size = read_image(image_file).shape[:2]
-    if mask.shape != image_size:
-        raise ValueError(
-            f"The mask {str(mask_file)!r} has (H, W) = {mask.shape}, but its image "
-            f"{str(image_file)!r} has {image_size}."
+def _is_good(name):
+    return name.lower() in GOOD_NAMES
+
+
+def _images_in(folders):
+    """Return the images in folders and below, and what else is there."""
+    found = [find_images(folder, recursive=True) for folder in folders]
+    return [[*chain(*files)] for files in zip(*found, strict=True)] or [[], []]
+
+
+def _warn_of_skipped(folder, paths):
+    if paths:
+        warnings.warn(
+            f"{len(paths)} files or folders of {str(folder)!r} are skipped, such as "
+            f"{str(paths[0])!r}: what is read are files ending in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))} in train/good and in the folders "
+            "under test.",
+            stacklevel=3,
         )
+
+
+def _mask_files(folder, image_files):
+    """Return a list of the files of masks for each image."""
+    by_place = {}
+    for place in {path.parent for path in image_files}:
+        masks = folder / "ground_truth" / place.relative_to(folder / "test")
+        by_name = by_place[place] = defaultdict(list)
+        for path in find_images(masks)[0] if masks.is_dir() else ():
+            for name in {path.stem, MASK_ENDING.sub("", path.stem)}:
+                by_name[name].append(path)
+        for path in _folders(masks) if masks.is_dir() else ():
+            if path.name not in by_name and not (place / path.name).is_dir():
+                by_name[path.name] = find_images(path)[0]
+    result = [by_place[path.parent][path.stem] for path in image_files]
+    for path, files in zip(image_files, result, strict=True):
+        if not files:
+            place = path.parent.relative_to(folder / "test")
+            wanted = folder / "ground_truth" / place / path.stem
+            raise FileNotFoundError(
+                f"The anomalous image {str(path)!r} has no mask: there is neither "
+                f"{wanted}_mask.png nor {wanted}.png, nor either of another image type."
+            )
+    return result
+
+
+def _joined_masks(mask_files, image_file, size):
+    """Return where any mask of an image is anomalous, at another size (H, W)."""
+    with open_image(image_file) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        image_size = (image.height, image.width)
+    joined = np.zeros(image_size, bool)
+    for mask_file in mask_files:
+        mask = _read_mask(mask_file)
+        if mask.shape != image_size:
+            raise ValueError(
+                f"The mask {str(mask_file)!r} has (H, W) = {mask.shape}, but its image "
+                f"{str(image_file)!r} has {image_size}."
+            )
+        joined |= mask
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int)
-        for new, old in zip(size, mask.shape, strict=True)
+        for new, old in zip(size, image_size, strict=True)
     )
-    return mask[np.ix_(rows, columns)]
+    return joined[np.ix_(rows, columns)]
+
+
+def _warn_of_trivial(masks, mask_files):
+    shares = masks.mean(axis=(1, 2))
+    trivial = np.flatnonzero((shares == 0) | (shares == 1))
+    if len(trivial):
+        first = trivial[0]
+        height, width = masks.shape[1:]
+        warnings.warn(
+            f"Masks of anomalous images are empty or full: {len(trivial)} of "
+            f"{len(masks)}, such as {str(mask_files[first][0])!r}, which is "
+            f"{'full' if shares[first] else 'empty'} at {height} x {width} pixels. See "
+            "in the Notes of load_mvtec how masks are read; small defects may also be "
+            "lost where size shrinks the images.",
+            stacklevel=3,
+        )
+
+
+def _read_mask(mask_file):
+    """Return where a mask is anomalous, (H, W); the Notes of `load_mvtec` say how."""
+    with open_image(mask_file) as image:
+        lossy = image.format in ("JPEG", "MPO") or (
+            image.format == "WEBP" and b"VP8L" not in Path(mask_file).read_bytes()
+        )
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "P":
+            indices = np.asarray(image)[:, :, None]
+            return _distances(indices) > 0
+        if image.mode not in ("L", "LA", "RGB", "RGBA"):
+            if len(image.getbands()) == 1:
+                return np.asarray(image) != 0
+            has_alpha = image.mode in ("La", "PA", "RGBa")
+            image = image.convert("RGBA" if has_alpha else "RGB")
+        pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    if pixels.shape[2] in (2, 4):
+        colours, alpha = pixels[:, :, :-1], pixels[:, :, -1:]
+        in_alpha = _is_constant(colours) and not _is_constant(alpha)
+        pixels = alpha if in_alpha else colours
+
+    # a lossy file of greys may have a touch of colour
+    is_grey = np.ptp(pixels, axis=2).max() <= (CHROMA_NOISE if lossy else 0)
+    distances = pixels[:, :, 0] if is_grey else _distances(pixels)
+    if lossy:
+        return distances > distances.max() / 2
+    if is_grey and distances.max() > HALF and len(np.unique(distances)) > 3:
+        return distances > HALF
+    return distances > 0
+
+
+def _is_constant(pixels):
+    return (pixels == pixels[0, 0]).all()
+
+
+def _distances(pixels):
+    """Return how far pixels (H, W, C) are from the most frequent one on the border."""
+    border = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
+    values, counts = np.unique(np.concatenate(border), axis=0, return_counts=True)
+    background = values[counts.argmax()].astype(int)
+    return np.abs(pixels - background).max(axis=2)
+
+
+@validate_params(
+    {"y": ["array-like"], "normal": "no_validation"},
+    prefer_skip_nested_validation=True,
+)
+def labels_from(y: ArrayLike, *, normal: Any) -> NDArray[np.int64]:
+    """Turn labels of any kind into +1 for normal and -1 for anomalous.
+
+    Parameters
+    ----------
+    y : array-like of shape (n,)
+        Labels: strings, booleans, numbers.
+    normal : object or list of objects
+        The label that means normal, or a list of such labels. All others mean
+        anomalous.
+
+    Returns
+    -------
+    numpy.ndarray of shape (n,)
+        +1 and -1, as detectors and scorers want them.
+
+    Raises
+    ------
+    ValueError
+        If no label in y equals one of `normal`, or if labels are missing (None, NaN).
+
+    See Also
+    --------
+    load_mvtec : Gives names of defects beside +1 and -1.
+
+    Examples
+    --------
+    >>> from skanomaly.datasets import labels_from
+    >>> labels_from(["good", "hole", "good", "crack"], normal="good")
+    array([ 1, -1,  1, -1])
+    >>> labels_from([True, False], normal=False)  # True meant anomalous
+    array([-1,  1])
+    >>> labels_from([0, 3, 1, 2], normal=[0, 1])
+    array([ 1, -1,  1, -1])
+    """
+    labels = np.asarray(y, None if hasattr(y, "dtype") else object)
+    if labels.ndim != 1:
+        raise ValueError(
+            f"y has shape {labels.shape}; it must hold one label an image, (n,)."
+        )
+    labels = labels.tolist()
+    several = isinstance(normal, Iterable) and not isinstance(normal, (str, bytes))
+    known = np.asarray(list(normal), object).tolist() if several else [normal]
+    for index, label in enumerate(labels):
+        if _is_missing(label) and not any(label is value for value in known):
+            raise ValueError(
+                f"y has no label at index {index}, but {label!r}. Leave such images "
+                "out, or give them a label."
+            )
+    is_normal = np.array([label in known for label in labels], bool)
+    if not is_normal.any():
+        held = sorted({repr(label) for label in labels})
+        more = f" and {len(held) - 10} more" if len(held) > 10 else ""
+        raise ValueError(
+            f"normal={normal!r} is not among the labels: y holds "
+            f"{', '.join(held[:10]) or 'nothing'}{more}."
+        )
+    return np.where(is_normal, 1, -1)
+
+
+def _is_missing(label):
+    # that which is not equal to itself; pandas' NA is not even comparable
+    return label is None or type(label).__name__ == "NAType" or label != label
 
 
 @validate_params(

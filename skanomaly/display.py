@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from ._typing import ImagesOrPaths, Self
+from .pipeline import final_step, loaded_images, localize, with_maps
 
 MAP_COLORS = "viridis"
 MASK_COLOR = "cyan"
@@ -30,6 +31,9 @@ class AnomalyMapDisplay:
         Ground truth, True where anomalous.
     segments : array-like of shape (n, H, W), default=None
         Regions marked by the detector, True where anomalous.
+    map_threshold : float, default=None
+        Threshold of the maps. The colour scale ends there, or at the highest value if
+        that is above it. None: at the highest value.
 
     Attributes
     ----------
@@ -49,11 +53,12 @@ class AnomalyMapDisplay:
     (3, 2)
     """
 
-    def __init__(self, images, maps, *, masks=None, segments=None):
+    def __init__(self, images, maps, *, masks=None, segments=None, map_threshold=None):
         self.images = images
         self.maps = maps
         self.masks = masks
         self.segments = segments
+        self.map_threshold = map_threshold
 
     @classmethod
     def from_estimator(
@@ -71,9 +76,10 @@ class AnomalyMapDisplay:
         Parameters
         ----------
         estimator : estimator
-            A fitted detector, or a pipeline that ends in one.
+            A fitted detector, a pipeline of skanomaly or scikit-learn that ends in one,
+            a `ThresholdCalibrator` around these, or a search among them.
         X : array-like of shape (n, H, W, C), (n, H, W), or list of paths
-            Images; paths, if `estimator` is a pipeline whose first step loads them.
+            Images; paths, if a pipeline is given whose first step loads them.
         masks : array-like of shape (n, H, W), default=None
             Ground truth, True where anomalous.
         ax : array-like of shape (n, 2) of matplotlib Axes, default=None
@@ -84,14 +90,13 @@ class AnomalyMapDisplay:
         AnomalyMapDisplay
             The display, drawn.
         """
-        images = np.asarray(X)
-        if images.dtype.kind in "OU":  # paths
-            images = estimator[0].transform(X)
+        holder = with_maps(getattr(estimator, "best_estimator_", estimator))
         return cls.from_predictions(
-            images,
-            estimator.localize(X),
+            loaded_images(estimator, X),
+            localize(estimator, X),
             masks=masks,
-            segments=estimator.segment(X) if hasattr(estimator, "segment") else None,
+            segments=holder.segment(X) if hasattr(holder, "segment") else None,
+            map_threshold=getattr(final_step(estimator), "map_threshold_", None),
             ax=ax,
         )
 
@@ -103,6 +108,7 @@ class AnomalyMapDisplay:
         *,
         masks: ArrayLike | None = None,
         segments: ArrayLike | None = None,
+        map_threshold: float | None = None,
         ax: Any = None,
     ) -> Self:
         """Draw given maps.
@@ -117,6 +123,9 @@ class AnomalyMapDisplay:
             Ground truth, True where anomalous.
         segments : array-like of shape (n, H, W), default=None
             Regions marked by the detector, True where anomalous.
+        map_threshold : float, default=None
+            Threshold of the maps. The colour scale ends there, or at the highest value
+            if that is above it. None: at the highest value.
         ax : array-like of shape (n, 2) of matplotlib Axes, default=None
             Axes to draw on. None: a new figure.
 
@@ -125,7 +134,9 @@ class AnomalyMapDisplay:
         AnomalyMapDisplay
             The display, drawn.
         """
-        return cls(images, maps, masks=masks, segments=segments).plot(ax=ax)
+        return cls(
+            images, maps, masks=masks, segments=segments, map_threshold=map_threshold
+        ).plot(ax=ax)
 
     def plot(self, *, ax: Any = None) -> Self:
         """Draw a row for each image.
@@ -169,7 +180,11 @@ class AnomalyMapDisplay:
         if ax.shape != (n, 2):
             raise ValueError(f"ax must have shape {(n, 2)}; got {ax.shape}.")
 
-        scale = Normalize(maps.min(), maps.max())
+        # a good image alone is not to glow in the colour of a defect
+        highest = maps.max()
+        if self.map_threshold is not None:
+            highest = max(highest, self.map_threshold)
+        scale = Normalize(maps.min(), highest)
         for i, (left, right) in enumerate(ax):
             left.imshow(images[i], cmap="gray", vmin=0, vmax=1)
             grey = images[i].mean(axis=-1) if images.ndim == 4 else images[i]
@@ -191,8 +206,12 @@ class AnomalyMapDisplay:
         return self
 
 
+def _as_array(values):
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else values
+
+
 def _check_images(images):
-    images = np.asarray(images)
+    images = np.asarray(_as_array(images))
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
     if images.ndim != 3 and (images.ndim != 4 or images.shape[-1] != 3):
@@ -206,7 +225,7 @@ def _check_images(images):
 def _check_maps(name, maps, images):
     if maps is None:
         return None
-    maps = np.asarray(maps)
+    maps = np.asarray(_as_array(maps))
     if maps.shape != images.shape[:3]:
         raise ValueError(
             f"{name} must have the images' shape {images.shape[:3]}; got {maps.shape}."

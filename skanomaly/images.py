@@ -1,9 +1,13 @@
 """Images from files, and what is done to them in front of a detector."""
 
 import collections
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+import re
+import stat
+import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from numbers import Integral
@@ -22,13 +26,50 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from ._fitting.batches import resolve_device
-from ._fitting.files import named_write_errors, remove_leftovers, replacing
+from ._fitting.files import (
+    DamagedFileError,
+    map_summed,
+    named_write_errors,
+    remove_leftovers,
+    replacing_summed,
+)
 from ._typing import Self, StrPath, fit_context
 from ._validation import check_images
 
 __all__ = ["CenterCropImages", "LoadImages", "ResizeImages", "ToDevice"]
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+# By suffix, Pillow's name of the format. Nothing else is opened: Pillow hands some
+# formats, such as PostScript, to other programs.
+FORMATS = {
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".jfif": "JPEG",
+    ".jpe": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpg": "JPEG",
+    ".pbm": "PPM",
+    ".pgm": "PPM",
+    ".png": "PNG",
+    ".pnm": "PPM",
+    ".ppm": "PPM",
+    ".tga": "TGA",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+}
+IMAGE_SUFFIXES = set(FORMATS)
+# What lies beside images and is skipped without a word.
+COMPANION_NAMES = {"thumbs.db", "desktop.ini"}
+COMPANION_SUFFIXES = {".csv", ".json", ".md", ".txt", ".xml"}
+HIDDEN_NAMES = {"__macosx"}  # beside those that begin with a dot
+
+WHITE = 65535  # of 16 bits
+WHITE_OF_TWELVE_BITS = 4095
+
+_RAW_16_BITS = re.compile(";16[BLN]")  # in Pillow's names of what a file holds
+_WAY_OUT = (
+    "If the file is not a trap, crop or shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS."
+)
 
 _VALUES_PER_BATCH = 2**24
 _SIZE_CONSTRAINT = [Interval(Integral, 1, None, closed="left"), tuple, list]
@@ -47,32 +88,102 @@ def image_files(folder: StrPath, *, recursive: bool = False) -> list[Path]:
     Returns
     -------
     list of pathlib.Path
-        Files with the suffix of an image, sorted; hidden ones are left out.
+        Files with the suffix of an image, sorted; hidden files and those in hidden
+        folders are left out.
+
+    Warns
+    -----
+    UserWarning
+        If other files are skipped, but for well-known companions of images, such as
+        lists and notes.
     """
-    paths = Path(folder).rglob("*") if recursive else Path(folder).iterdir()
-    return sorted(
-        path
-        for path in paths
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
+    images, others = find_images(folder, recursive=recursive)
+    if others:
+        warnings.warn(
+            f"{len(others)} files in {os.fspath(folder)!r} are skipped, such as "
+            f"{str(others[0])!r}: images are files ending in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}.",
+            stacklevel=2,
+        )
+    return images
+
+
+def find_images(
+    folder: StrPath, *, recursive: bool = False
+) -> tuple[list[Path], list[Path]]:
+    """List the image files of a folder, and files that are worth a warning.
+
+    Parameters
+    ----------
+    folder : str or path-like
+        A folder.
+    recursive : bool, default=False
+        Whether to look into the folders below as well.
+
+    Returns
+    -------
+    images : list of pathlib.Path
+        What `image_files` returns.
+    others : list of pathlib.Path
+        Other files, sorted, without those that are hidden and the companions.
+    """
+    found: tuple[list[Path], list[Path]] = ([], [])
+    for path in _files_below(Path(folder), recursive):
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            found[0].append(path)
+        elif not (path.name.lower() in COMPANION_NAMES or suffix in COMPANION_SUFFIXES):
+            found[1].append(path)
+    return sorted(found[0]), sorted(found[1])
+
+
+def is_hidden(path: Path) -> bool:
+    """Tell whether a file or folder is a system's or a program's own."""
+    return path.name.startswith(".") or path.name.lower() in HIDDEN_NAMES
+
+
+def _files_below(folder, recursive):
+    """Yield the files of a folder that are not hidden; links are followed."""
+    seen = set()  # a link may lead back up
+
+    def stop(error):
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [
+            name
+            for name in folders
+            if recursive
+            and not is_hidden(Path(name))
+            and os.path.realpath(os.path.join(place, name)) not in seen
+        ]
+        yield from (Path(place, name) for name in names if not is_hidden(Path(name)))
 
 
 def read_image(
-    path: StrPath, size: int | tuple[int, int] | None = None, mode: str = "RGB"
+    path: StrPath,
+    size: int | tuple[int, int] | None = None,
+    mode: str = "RGB",
+    max_value: int | None = None,
 ) -> NDArray[np.uint8]:
     """Decode an image file.
 
     Parameters
     ----------
     path : str or path-like
-        An image file in any format that Pillow reads. Its EXIF orientation is applied,
-        alpha is dropped, 16-bit greys are scaled to 8 bit, and of several frames the
-        first one is taken.
+        An image file: BMP, GIF, JPEG, PBM, PGM, PNG, PPM, TIFF, WebP, or TGA if it is
+        named so. Its EXIF orientation is applied, alpha is dropped, 16-bit greys are
+        scaled to 8 bit, and of several frames the first one is taken.
     size : int or tuple of int, default=None
         Height and width in pixels to resize to, (H, W); an integer stands for both.
         Resized with Pillow's antialiased bilinear filter. None keeps the file's size.
     mode : {"RGB", "L"}, default="RGB"
         Colour or grey.
+    max_value : int, default=None
+        The value that counts as white in a file of 16 bits, such as 4095 for data of
+        12 bits; values above it come out white. None means 65535, and warns where no
+        value exceeds 4095.
 
     Returns
     -------
@@ -84,39 +195,161 @@ def read_image(
     FileNotFoundError
         If there is no such file.
     OSError
-        If the file cannot be decoded, because it is damaged, no image, or holds pixels
-        without a defined range (32-bit). The message names the file and the cause.
+        If the file cannot be decoded, because it is damaged, no image, no file (but a
+        folder or a named pipe), holds pixels without a defined range (32-bit), or
+        promises more of them than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the
+        file and the cause.
+
+    Warns
+    -----
+    UserWarning
+        If a file of 16 bits has no value above 4095 and `max_value` is None, or values
+        above `max_value`.
     """
-    try:
-        with Image.open(path) as file:
-            ImageOps.exif_transpose(file, in_place=True)
-            image = _to_eight_bits(file)
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            if image.mode != mode:  # Pillow would copy
-                image = image.convert(mode)
-            image.load()
-    except (FileNotFoundError, MemoryError):
-        raise
-    except Exception as error:  # Pillow's plugins raise all kinds on damaged files
-        raise OSError(f"Cannot read the image {os.fspath(path)!r}: {error}") from error
+    image, depth = _read(path, size, mode, max_value)
+    _warn_of_depths([(path, depth)], max_value)
+    return image
+
+
+def _read(path, size, mode, max_value):
+    """Return the image, and the largest value of a file of 16 bits or None."""
+    with open_image(path) as file:
+        halved = file.mode.startswith("RGB") and _RAW_16_BITS.search(str(file.tile))
+        if halved and max_value is not None:
+            raise ValueError(
+                f"max_value={max_value} is for greys; of colour of 16 bits, Pillow "
+                "reads the upper 8 only. Convert the file to 8 bits."
+            )
+        ImageOps.exif_transpose(file, in_place=True)
+        image, depth = _to_eight_bits(file, max_value)
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        if image.mode != mode:  # Pillow would copy
+            image = image.convert(mode)
+        image.load()
+    if halved:
+        depth = 256 * int(np.max(image)) + 255
     if size is not None:
         height, width = _sides(size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+    return (pixels[:, :, None] if pixels.ndim == 2 else pixels), depth
 
 
-def _to_eight_bits(image):
+@contextlib.contextmanager
+def open_image(path: StrPath) -> Iterator[Image.Image]:
+    """Open an image file; errors name it, those of the block as well.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A file of one of the `FORMATS`.
+
+    Yields
+    ------
+    PIL.Image.Image
+        The image, not decoded yet.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    OSError
+        If it is no file, of another format, damaged or too large.
+    """
+    try:
+        _check_regular(path)
+        with Image.open(path, formats=_formats(path)) as file:
+            _check_n_pixels(file)
+            yield file
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise _unreadable(
+            path,
+            "it is damaged or of another format than "
+            f"{', '.join(sorted(set(FORMATS.values())))}",
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _unreadable(path, f"{error} {_WAY_OUT}") from error
+    except Exception as error:  # Pillow's plugins raise all kinds on damaged files
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path, cause):
+    return OSError(f"Cannot read the image {os.fspath(path)!r}: {cause}")
+
+
+def _formats(path):
+    """Return the formats to try, that of the suffix first."""
+    own = FORMATS.get(Path(path).suffix.lower(), "PNG")
+    others = sorted(set(FORMATS.values()) - {own, "TGA"})  # TGA has no mark of its own
+    return [own, *others]
+
+
+def _check_regular(path):
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(
+            'it is a folder; sorted(Path(folder).glob("*.png")) lists the files in one.'
+        )
+    if not stat.S_ISREG(mode):
+        raise OSError("it is a pipe, a socket or a device, not a file on disk.")
+
+
+def _check_n_pixels(image):
+    n_pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if most is not None and n_pixels > most:
+        raise ValueError(
+            f"its header promises {image.width} x {image.height} = {n_pixels} pixels, "
+            f"more than PIL.Image.MAX_IMAGE_PIXELS = {most}. {_WAY_OUT}"
+        )
+
+
+def _to_eight_bits(image, max_value):
+    """Return an image of 8 bits, and the largest value of one of 16 bits or None."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
+        return image, None
     values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+    if image.mode == "F" or values.min() < 0 or values.max() > WHITE:
         raise ValueError(
             f"its pixels (mode {image.mode!r}) have no defined range; 8 or 16 bits are "
             "wanted"
         )
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    white = WHITE if max_value is None else max_value
+    scaled = (np.minimum(values, white).astype(np.uint32) * 510 + white) // (2 * white)
+    return Image.fromarray(scaled.astype(np.uint8)), int(values.max())
+
+
+def _warn_of_depths(depths, max_value):
+    """Warn of 16-bit files that are nearly black, or brighter than white.
+
+    Parameters
+    ----------
+    depths : list of tuple (path, int or None)
+        The largest value of each file of 16 bits; None for other files.
+    max_value : int or None
+        The parameter of the user.
+    """
+    depths = [(largest, os.fspath(path)) for path, largest in depths if largest]
+    if not depths:
+        return
+    largest, path = max(depths)
+    if max_value is None and largest <= WHITE_OF_TWELVE_BITS:
+        warnings.warn(
+            f"{path!r} is a file of 16 bits whose largest value is {largest}, and no "
+            "other one of this call exceeds it: taken as parts of 65535, the images "
+            "are nearly black. Give the value that counts as white: max_value=4095 "
+            "for data of 12 bits, 1023 for 10 bits, 255 for 8 bits, or 65535 if they "
+            "are meant to be dark. (Colour is to be converted to 8 bits instead.)",
+            stacklevel=4,
+        )
+    elif max_value is not None and largest > max_value:
+        warnings.warn(
+            f"{path!r} holds values up to {largest}, above max_value={max_value}: they "
+            "come out white.",
+            stacklevel=4,
+        )
 
 
 def _sides(size):
@@ -140,6 +373,10 @@ class LoadImages(TransformerMixin, BaseEstimator):
         the files, which must then be the same for all.
     mode : {"RGB", "L"}, default="RGB"
         Colour (3 channels) or grey (1 channel).
+    max_value : int, default=None
+        The value that counts as white in grey files of 16 bits, such as 4095 for data
+        of 12 bits; values above it come out white. None means 65535, and warns where no
+        value in the files of a call exceeds 4095.
     n_jobs : int, default=None
         Number of threads that decode. None means 1 unless in a
         :obj:`joblib.parallel_backend` context, -1 means all processors.
@@ -147,10 +384,11 @@ class LoadImages(TransformerMixin, BaseEstimator):
         Folder of memory-mapped files. The array then lives in a file there, which is
         read page by page as it is used, so that it may be larger than the memory. The
         file is named after the paths, modification times and sizes of the images and
-        the parameters `size` and `mode`; later calls and other processes that ask for
-        the same images open it at once. It is written under another name first: an
-        interrupted or failed call leaves nothing behind. None keeps the array in
-        memory.
+        the parameters `size`, `mode` and `max_value`; later calls and other processes
+        that ask for the same images open it at once. It is written under another name
+        first: an interrupted or failed call leaves nothing behind. A damaged file is
+        made anew, with a warning; its checksum is compared when a process opens it for
+        the first time. None keeps the array in memory.
 
     See Also
     --------
@@ -159,9 +397,11 @@ class LoadImages(TransformerMixin, BaseEstimator):
 
     Notes
     -----
-    EXIF orientation is applied, alpha is dropped, 16-bit greys are scaled to 8 bit. The
-    transformer is stateless: `transform` works without `fit`. Files that are no longer
-    wanted in the folder `memmap` are left to the user to delete.
+    Files may be of the formats BMP, GIF, JPEG, PBM, PGM, PNG, PPM, TGA, TIFF and WebP.
+    EXIF orientation is applied, alpha is dropped, 16-bit greys are scaled to 8 bit;
+    :doc:`/pictures` tells what can go wrong. The transformer is stateless: `transform`
+    works without `fit`. Files that are no longer wanted in the folder `memmap` are left
+    to the user to delete.
 
     Examples
     --------
@@ -182,13 +422,17 @@ class LoadImages(TransformerMixin, BaseEstimator):
     _parameter_constraints = {
         "size": [*_SIZE_CONSTRAINT, None],
         "mode": [StrOptions({"RGB", "L"})],
+        "max_value": [Interval(Integral, 1, WHITE, closed="both"), None],
         "n_jobs": [Integral, None],
         "memmap": [str, os.PathLike, None],
     }
 
-    def __init__(self, *, size=None, mode="RGB", n_jobs=None, memmap=None):
+    def __init__(
+        self, *, size=None, mode="RGB", max_value=None, n_jobs=None, memmap=None
+    ):
         self.size = size
         self.mode = mode
+        self.max_value = max_value
         self.n_jobs = n_jobs
         self.memmap = memmap
 
@@ -259,15 +503,25 @@ class LoadImages(TransformerMixin, BaseEstimator):
             return result
 
         path = Path(self.memmap) / f"{self._digest(paths)}.npy"
-        if not path.exists():
-            shape, images = self._decode(paths)
+        with named_write_errors(f"memmap={os.fspath(self.memmap)!r}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_array(path, shape, images)
-        return np.load(path, mmap_mode="r")
+        try:
+            return _open_array(path, len(paths))
+        except FileNotFoundError:
+            pass
+        except DamagedFileError as error:
+            warnings.warn(
+                f"memmap: {str(path)!r} is damaged ({error}) and made anew.",
+                stacklevel=2,
+            )
+        shape, images = self._decode(paths)
+        _write_array(path, shape, images)
+        return _open_array(path, len(paths))
 
     def _decode(self, paths):
         """Return the shape of all images together and an iterator over them."""
-        images = _decoded(paths, self.size, self.mode, self.n_jobs)
+        arguments = self.size, self.mode, self.max_value
+        images = _told(paths, _decoded(paths, arguments, self.n_jobs), self.max_value)
         first = next(images)
         rest = _of_one_shape(images, paths[1:], first.shape, paths[0])
         return (len(paths), *first.shape), chain([first], rest)
@@ -275,7 +529,8 @@ class LoadImages(TransformerMixin, BaseEstimator):
     def _digest(self, paths):
         digest = hashlib.sha256()
         size = None if self.size is None else tuple(int(s) for s in _sides(self.size))
-        digest.update(repr((size, self.mode)).encode())
+        white = WHITE if self.max_value is None else int(self.max_value)
+        digest.update(repr((size, self.mode, white)).encode())
         for path in paths:
             status = os.stat(path)
             entry = (os.path.abspath(path), status.st_mtime_ns, status.st_size)
@@ -284,8 +539,25 @@ class LoadImages(TransformerMixin, BaseEstimator):
 
 
 def _check_paths(X):
+    listed = 'sorted(Path(folder).glob("*.png"))'
     if isinstance(X, (str, os.PathLike)):
-        raise TypeError(f"X must be a list of paths, not a single one. Got {X!r}.")
+        what = "a folder" if os.path.isdir(X) else "a single one"
+        raise TypeError(
+            f"X must be a list of paths, not {what}. Got {X!r}. {listed} lists the "
+            "files in a folder."
+        )
+    if isinstance(X, Iterator):
+        raise TypeError(
+            f"X must be a list of paths, not a {type(X).__name__}, which is empty once "
+            f"it was looked through. Give a list, such as {listed}."
+        )
+    if isinstance(X, (set, frozenset)):
+        raise TypeError(
+            "X must be a list of paths, not a set: images would come in any order. "
+            "Give sorted(X)."
+        )
+    if not isinstance(X, Iterable):
+        raise TypeError(f"X must be a list of paths. Got {X!r}.")
     if getattr(X, "ndim", 1) != 1:
         raise TypeError(
             "LoadImages wants a one-dimensional list of paths, but X has shape "
@@ -307,20 +579,29 @@ def _check_paths(X):
     return [os.fspath(path) for path in paths]
 
 
-def _decoded(paths, size, mode, n_jobs):
-    """Yield the images in order; only a few are held at a time."""
+def _decoded(paths, arguments, n_jobs):
+    """Yield what `_read` returns in order; only a few images are held at a time."""
     n_threads = effective_n_jobs(n_jobs)
     pool = ThreadPoolExecutor(n_threads)
     waiting = collections.deque()
     try:
         for path in paths:
-            waiting.append(pool.submit(read_image, path, size, mode))
+            waiting.append(pool.submit(_read, path, *arguments))
             if len(waiting) > 4 * n_threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _told(paths, decoded, max_value):
+    """Yield the images, and warn behind the last one of what their files hold."""
+    depths = []
+    for path, (image, depth) in zip(paths, decoded, strict=True):
+        depths.append((path, depth))
+        yield image
+    _warn_of_depths(depths, max_value)
 
 
 def _of_one_shape(images, paths, shape, first_path):
@@ -343,12 +624,17 @@ def _write_array(path, shape, images):
     n_bytes = np.prod(shape, dtype=np.int64)
     what = f"memmap: {str(path)!r}, {n_bytes} bytes of images,"
     remove_leftovers(path.parent)
-    with replacing(path, what) as file:
-        with named_write_errors(what):
-            np.lib.format.write_array_header_1_0(file, header)
-        for image in images:  # the files of images have errors of their own
-            with named_write_errors(what):
-                file.write(np.ascontiguousarray(image))
+    with replacing_summed(path, what) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for image in images:
+            file.write(np.ascontiguousarray(image))
+
+
+def _open_array(path, n_images):
+    images = map_summed(path)
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != n_images:
+        raise DamagedFileError("its header is another")
+    return images
 
 
 class _ArrayTransformer(TransformerMixin, BaseEstimator):

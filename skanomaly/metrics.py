@@ -7,6 +7,7 @@ needed.
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -533,7 +534,7 @@ def _call_method(estimator, method, X):
 
 
 def _check_masks_and_maps(masks, maps, ndim=None):
-    masks, maps = np.asarray(masks), np.asarray(maps)
+    masks, maps = _as_array("masks", masks), _as_array("maps", maps)
     if masks.shape != maps.shape:
         raise ValueError(
             "masks and maps must have the same shape, "
@@ -563,7 +564,17 @@ def _check_masks_and_maps(masks, maps, ndim=None):
     return masks, maps
 
 
+def _as_array(name, values):
+    if values is None:
+        raise TypeError(f"{name} must be an array of shape (n, H, W), got None.")
+    if hasattr(values, "detach"):  # a tensor
+        values = values.detach().cpu()
+    return np.asarray(values)
+
+
 def _check_max_fpr(max_fpr):
+    if not isinstance(max_fpr, Real):
+        raise TypeError(f"max_fpr must be a number in (0, 1], got {max_fpr!r}.")
     if not 0 < max_fpr <= 1:
         raise ValueError(f"max_fpr must lie in (0, 1], got {max_fpr!r}.")
 

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ._fitting.files import replacing
 from ._fitting.loop import seeded_generator
+from ._fitting.persistence import as_fitted
 from ._typing import StrPath
 from .base import BaseDetector
 from .calibration import ThresholdCalibrator
@@ -91,6 +92,7 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
     onnx = _import_onnx()
     detector = copy.copy(detector).set_params(precision="float32", device="cpu")
     detector.network_ = copy.deepcopy(detector.network_).cpu()
+    detector = as_fitted(detector)
     graph = (detector._as_module() or JudgingModule(detector)).eval()
     _check_size(detector, graph)
     images = torch.zeros(batch_size, *detector.image_shape_, dtype=torch.uint8)

@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn import pipeline as sklearn_pipeline
+from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import _final_estimator_has, _name_estimators
 from sklearn.utils.validation import check_is_fitted
 
 from ._typing import ImagesOrPaths, available_if
+from ._validation import holds_paths
 
 __all__ = ["Pipeline", "localize", "make_pipeline"]
 
@@ -175,6 +177,40 @@ def with_maps(estimator: Any) -> Any:
     if isinstance(estimator, sklearn_pipeline.Pipeline):
         return Pipeline(estimator.steps)
     return estimator
+
+
+def unwrapped(estimator):
+    """Return the estimator inside of a search, a calibrator or a frozen one."""
+    for name in ("best_estimator_", "estimator_"):
+        if hasattr(estimator, name):
+            return unwrapped(getattr(estimator, name))
+    if isinstance(estimator, FrozenEstimator):
+        return unwrapped(estimator.estimator)
+    return estimator
+
+
+def final_step(estimator):
+    """Return the detector in which an estimator ends, whatever is around it."""
+    estimator = unwrapped(estimator)
+    if isinstance(estimator, sklearn_pipeline.Pipeline):
+        return final_step(estimator.steps[-1][1])
+    return estimator
+
+
+def loaded_images(estimator, X):
+    """Return the images that a pipeline loads from paths; images as they are."""
+    if not holds_paths(X):
+        return X
+    estimator = unwrapped(estimator)
+    if not isinstance(estimator, sklearn_pipeline.Pipeline):
+        raise TypeError(
+            f"X holds paths, but {type(estimator).__name__} has no step that loads "
+            "them."
+        )
+    first = estimator.steps[0][1]
+    if isinstance(first, sklearn_pipeline.Pipeline):
+        return loaded_images(first, X)
+    return first.transform(X)
 
 
 def _transformers(steps):

@@ -1,7 +1,14 @@
 """Tests of the pretrained networks and of the features they give."""
 
+import hashlib
+import io
+import os
 import pickle
+import re
 import shutil
+import traceback
+import warnings
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -274,9 +281,71 @@ def test_file_that_holds_no_state_dict(tmp_path, value):
         make_backbone("resnet18", LAYERS, tmp_path / "w.pth")
 
 
-def test_pickled_network_is_refused(resnet, tmp_path):
-    torch.save(resnet, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"w.pth.*cannot be read"):
+class Foreign:
+    """An object that runs code when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def script(network, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        torch.jit.script(network).save(path)
+
+
+@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file that looks like")
+@pytest.mark.parametrize(
+    ("write", "what"),
+    [
+        (torch.save, r"it holds torch\.nn\.modules\.linear\.Linear\."),
+        (lambda _, path: torch.save(Foreign(path), path), r"it holds \w+\.mkdir\."),
+        (lambda _, path: path.write_bytes(pickle.dumps(Foreign(path))), "it "),
+        (script, "it is a TorchScript archive"),
+        (lambda _, path: path.write_text("version https://"), "it is damaged, or was"),
+        (lambda _, path: path.touch(), "it is empty"),
+    ],
+)
+def test_files_of_other_objects_are_refused_in_our_words(tmp_path, write, what):
+    write(torch.nn.Linear(2, 2), tmp_path / "w.pth")
+    message = rf"w.pth' cannot be read: {what}.*Wanted is a state dict.*\.safetensors"
+    with pytest.raises(ValueError, match=message) as caught:
+        make_backbone("resnet18", LAYERS, tmp_path / "w.pth")
+    shown = "".join(traceback.format_exception(caught.value))
+    for advice in ("weights_only=False", "add_safe_globals", "trust"):
+        assert advice not in shown
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("conv1.weight", float("nan"), "NaN or infinity"),
+        ("layer1.0.bn1.bias", float("inf"), "NaN or infinity"),
+        ("bn1.running_var", -1e-9, "a negative variance"),
+        ("bn1.running_mean", 1e300, "NaN or infinity"),  # float32 ends before
+    ],
+)
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_weights_that_are_no_numbers(resnet, tmp_path, name, key, value, what):
+    state = {key: tensor.clone() for key, tensor in resnet.state_dict().items()}
+    state[key] = state[key].double()
+    state[key].view(-1)[1] = value
+    save_as(tmp_path / name, state)
+    message = f"{name}' hold {what} in '{re.escape(key)}'"
+    with pytest.raises(ValueError, match=message):
+        make_backbone("resnet18", ("layer1",), tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize("change", ["to_sparse", "cfloat"])
+def test_tensors_that_are_not_plain(resnet, tmp_path, change):
+    state = resnet.state_dict()
+    state["conv1.weight"] = getattr(state["conv1.weight"], change)()
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"plain tensors by name, but 'conv1.weight'"):
         make_backbone("resnet18", LAYERS, tmp_path / "w.pth")
 
 
@@ -316,12 +385,76 @@ def test_imagenet_weights_without_network(tmp_path, monkeypatch, random_images):
     assert str(tmp_path / "hub" / "checkpoints") in str(e.value)
 
 
-def test_imagenet_weights_from_the_cache(resnet, weights_file, tmp_path, monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Return a function that puts a file into torch hub's cache, with a right hash."""
+
+    def put(file):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        cached = folder / f"resnet18-{digest[:8]}.pth"
+        shutil.move(file, cached)
+        url = f"https://download.pytorch.org/models/{cached.name}"
+        versions = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=url), DEFAULT=None)
+        monkeypatch.setattr(
+            torchvision.models, "get_model_weights", lambda name: versions
+        )
+        return cached
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    shutil.move(weights_file, folder / "resnet18-f37072fd.pth")
+    return put
+
+
+def test_imagenet_weights_from_the_cache(resnet, weights_file, hub):
+    hub(weights_file)
     assert_loaded(make_backbone("resnet18", LAYERS, "imagenet"), resnet)
+
+
+def test_imagenet_weights_are_downloaded(resnet, weights_file, hub, monkeypatch):
+    cached = hub(weights_file)
+    content = cached.read_bytes()
+    cached.unlink()
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: Answer(content))
+    assert_loaded(make_backbone("resnet18", LAYERS, "imagenet"), resnet)
+    assert cached.read_bytes() == content
+    cached.unlink()
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: Answer(content[:-1]))
+    with pytest.raises(OSError, match=r"could not be downloaded.*hash.*weights=PATH"):
+        make_backbone("resnet18", LAYERS, "imagenet")
+    assert not cached.exists()
+
+
+class Answer(io.BytesIO):
+    """What a server sends."""
+
+    def info(self):
+        return SimpleNamespace(get_all=lambda name: None)
+
+
+def test_imagenet_weights_of_another_hash(weights_file, hub):
+    cached = hub(weights_file)
+    content = bytearray(cached.read_bytes())
+    content[5000] ^= 1
+    cached.write_bytes(content)
+    message = (
+        rf"{re.escape(str(cached))}' is damaged or another file.*{cached.stem[-8:]}"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_backbone("resnet18", LAYERS, "imagenet")
+
+
+@pytest.mark.parametrize("right_hash", [False, True])
+def test_imagenet_weights_run_no_code(tmp_path, hub, right_hash):
+    marker = tmp_path / "ran"
+    torch.save({"conv1.weight": Foreign(marker)}, tmp_path / "w.pth")
+    cached = hub(tmp_path / "w.pth")
+    if not right_hash:
+        cached.write_bytes(cached.read_bytes() + b"0")
+    message = "it holds" if right_hash else "is damaged or another file"
+    with pytest.raises(ValueError, match=message):
+        make_backbone("resnet18", LAYERS, "imagenet")
+    assert not marker.exists()
 
 
 # BackboneFeatures
@@ -456,6 +589,70 @@ def test_interrupted_write_leaves_no_broken_file(tmp_path, monkeypatch, random_i
     assert [file.suffix for file in files] == [".npy"]
     expected = make_small_features(batch_size=1).fit_transform(X)
     assert_array_equal(transformer.transform(X), expected)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-20] + bytes([content[-20] ^ 16]) + content[-19:],
+        lambda content: content.replace(b"<f4", b">f4"),
+        lambda content: content[:-4],
+        lambda content: content[:40],
+        lambda content: b"",
+        lambda content: bytes(len(content)),
+    ],
+    ids=["bit", "header", "no checksum", "truncated", "empty", "zeros"],
+)
+def test_damaged_memory_is_made_anew(
+    tmp_path, count_images, damage, pool, random_images
+):
+    X = random_images(4, *SHAPE)[[0, 1, 2, 1, 3]]
+    transformer = make_small_features(
+        pool=pool, memory=tmp_path, batch_size=1, layers=("stage2",)
+    )
+    expected = transformer.fit_transform(X)
+    files = sorted(tmp_path.rglob("*.npy"))
+    contents = [file.read_bytes() for file in files]
+    for file, content in zip(files[1:], contents[1:], strict=True):
+        file.write_bytes(damage(content))
+        assert file.read_bytes() != content
+    count_images.clear()
+    message = rf"memory: 3 files are damaged, such as '{re.escape(str(tmp_path))}.*anew"
+    with pytest.warns(UserWarning, match=message) as record:
+        features = transformer.transform(X)
+    assert len(record) == 1
+    assert sum(count_images) == 3
+    assert_array_equal(features, expected)
+    assert [file.read_bytes() for file in files] == contents
+    assert_array_equal(transformer.transform(X), expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="has no such limits")
+def test_memory_on_a_full_disk_is_named(tmp_path, random_images):
+    import resource
+
+    X = random_images(2, *SHAPE)
+    transformer = make_small_features(memory=tmp_path).fit(X)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"memory: '.*\.npy' cannot be written \(File"
+        ):
+            transformer.transform(X)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert len(transformer.transform(X)) == 2
+
+
+def test_memory_of_no_folder_is_named(tmp_path, random_images):
+    X = random_images(2, *SHAPE)
+    (tmp_path / "file").touch()
+    transformer = make_small_features(memory=tmp_path / "file").fit(X)
+    with pytest.raises(OSError, match=r"memory='.*file' cannot be written"):
+        transformer.transform(X)
 
 
 def test_search_passes_each_image_through_the_backbone_once(

@@ -128,7 +128,7 @@ def test_complex_numbers(kind, X, detector):
 
 
 def test_image_shape_must_agree_with_the_rows_and_the_images(X, detector):
-    with pytest.raises(ValueError, match=r"320 features.*\(16, 16\).*DRAEM.*256"):
+    with pytest.raises(ValueError, match=r"320 features.*\(16, 16, 1\).*DRAEM.*256"):
         detector(image_shape=(16, 16)).fit(X.reshape(16, -1))
     with pytest.raises(ValueError, match=r"\(16, 20, 1\).*image_shape=\(20, 16\)"):
         detector(image_shape=(20, 16)).fit(X)
@@ -142,7 +142,7 @@ def test_image_shape_must_agree_with_the_rows_and_the_images(X, detector):
         (48, (4, 4, 3), (4, 4, 3)),
         (48, [6, 8], (6, 8, 1)),
         (49, None, (7, 7, 1)),
-        (48, None, (1, 48, 1)),
+        (50, None, (1, 50, 1)),
     ],
 )
 def test_rows_are_read_as_images(n_features, image_shape, expected, detector):
@@ -248,7 +248,7 @@ def test_masks_tell_the_anomalous_images(dtype, X, fitted_on_half, detector):
 def test_other_labels_are_ignored_with_a_warning_that_states_the_rule(
     X, one_epoch, detector
 ):
-    rule = r"\+1 for normal and -1 for anomalous.*holds \[0, 1\].*where\(y == 1, -1, 1"
+    rule = r"\+1 for normal and -1 for anomalous.*holds \[0, 1\].*labels_from\(y"
     with pytest.warns(UserWarning, match=rule):
         model = detector().fit(X, np.repeat([0, 1], 8))
     np.testing.assert_array_equal(model.score_samples(X), one_epoch.score_samples(X))
@@ -340,6 +340,11 @@ def test_the_device_of_a_tensor_is_taken_unless_one_is_named():
     tensor = torch.zeros(2, device="meta")
     assert resolve_device("auto", tensor) == torch.device("meta")
     assert resolve_device("cpu", tensor) == torch.device("cpu")
-    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    for name in ("foo", ""):
+        with pytest.raises(ValueError, match=f"device='{name}' is no device of torch"):
+            resolve_device(name)
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         assert resolve_device("auto", np.zeros(2)) == torch.device("cpu")
+        for name in ("cuda", "cuda:1", "mps"):
+            with pytest.raises(ValueError, match=f"device='{name}'.*no such device"):
+                resolve_device(name)

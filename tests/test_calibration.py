@@ -3,9 +3,11 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn import pipeline as sklearn_pipeline
 from sklearn.base import BaseEstimator, OutlierMixin, clone
 from sklearn.ensemble import IsolationForest
+from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.utils.estimator_checks import check_estimator
 
@@ -13,6 +15,7 @@ from skanomaly import (
     SPADE,
     Autoencoder,
     DeScarGAN,
+    LoadImages,
     Pipeline,
     ResizeImages,
     ThresholdCalibrator,
@@ -66,6 +69,7 @@ def test_the_rate_asked_for_is_the_one_that_comes(method, rate):
     assert abs(np.mean(rates) - expected) < 4 * spread
 
 
+@pytest.mark.filterwarnings("ignore:.*are copies of others")
 @pytest.mark.parametrize("method", ["cv", "holdout", "loo"])
 def test_the_rate_holds_on_held_out_images(method, small):
     X = load_textures(texture="grass", n_train=120, n_test=2, size=32).X_train
@@ -131,9 +135,8 @@ def test_anomalies_take_no_part():
     calibrator = ThresholdCalibrator(Brightness(), false_positive_rate=0.2).fit(X, y)
     assert len(calibrator.calibration_scores_) == 28
     assert not {3, 17} & set(calibrator.estimator_.seen_)
-    with pytest.warns(UserWarning, match="y is ignored"):
+    with pytest.raises(ValueError, match=r"labels must be.*labels_from"):
         calibrator.fit(X, np.arange(30))
-    assert len(calibrator.calibration_scores_) == 30
 
 
 def test_too_few_images_warn_with_the_rate_to_expect():
@@ -284,9 +287,16 @@ def test_localize_finds_the_detector(small):
         localize(sklearn_pipeline.make_pipeline(ResizeImages(size=24)), X)
 
 
-@pytest.mark.filterwarnings("ignore:y is ignored", "ignore:.*cannot support")
+class CalibratorWithoutLabels(ThresholdCalibrator):
+    """Does without the class labels that scikit-learn's checks make up."""
+
+    def fit(self, X, y=None, **fit_params):
+        return super().fit(X, None, **fit_params)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot support", "ignore:.*are copies of others")
 def test_sklearn_checks():
-    calibrator = ThresholdCalibrator(
+    calibrator = CalibratorWithoutLabels(
         IsolationForest(n_estimators=5, random_state=0), cv=2, false_positive_rate=0.3
     )
     check_estimator(calibrator, on_skip=None)
@@ -305,3 +315,52 @@ def test_bad_settings_are_refused(settings, message):
     calibrator = ThresholdCalibrator(Brightness()).set_params(**settings)
     with pytest.raises(ValueError, match=message):
         calibrator.fit(column(np.arange(20)))
+
+
+def test_a_frozen_detector_is_calibrated_and_not_changed(small):
+    X = np.random.default_rng(0).random((40, 32, 32, 3)).astype(np.float32)
+    detector = small("Autoencoder").fit(X[:20])
+    before = pickle.dumps(detector)
+    calibrator = ThresholdCalibrator(
+        FrozenEstimator(detector), method="holdout", false_positive_rate=0.3, cv=2
+    ).fit(X[20:])
+    assert pickle.dumps(detector) == before
+    assert calibrator.offset_ != detector.offset_
+    np.testing.assert_array_equal(
+        calibrator.score_samples(X), detector.score_samples(X)
+    )
+    marked = calibrator.segment(X).any(axis=(1, 2))
+    high = detector.localize(X).max(axis=(1, 2)) > calibrator.map_threshold_
+    np.testing.assert_array_equal(marked, high & (calibrator.predict(X) == -1))
+
+
+@pytest.mark.filterwarnings("ignore:.*are copies of others")
+@pytest.mark.parametrize("method", ["loo", "cv", "holdout"])
+def test_copies_stay_together(method, tmp_path):
+    """With each image twice the thresholds are those of each image once."""
+    X = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    detector = SPADE(
+        backbone="resnet18", weights=None, gallery_size=0, n_neighbors=1, random_state=0
+    )
+    settings = {"method": method, "false_positive_rate": 0.2, "cv": 4}
+    once = ThresholdCalibrator(detector, **settings).fit(X)
+    twice = ThresholdCalibrator(detector, **settings).fit(np.concatenate([X, X]))
+    np.testing.assert_allclose(
+        twice.calibration_scores_, once.calibration_scores_, rtol=1e-5
+    )
+    paths = [tmp_path / f"{number}.png" for number in range(48)]
+    for path, image in zip(paths, np.concatenate([X, X]), strict=True):
+        Image.fromarray(image).save(path)
+    if method == "cv":
+        by_path = ThresholdCalibrator(make_pipeline(LoadImages(), detector), **settings)
+        np.testing.assert_allclose(
+            by_path.fit(paths).calibration_scores_, once.calibration_scores_, rtol=1e-5
+        )
+
+
+def test_copies_are_counted():
+    X = column(np.repeat(np.arange(30), 2))
+    calibrator = ThresholdCalibrator(Brightness(), false_positive_rate=0.2)
+    with pytest.warns(UserWarning, match="30 of the 60 training images are copies"):
+        calibrator.fit(X)
+    assert len(calibrator.calibration_scores_) == 30

@@ -3,10 +3,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn import pipeline as sklearn_pipeline
 from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin
+from sklearn.model_selection import GridSearchCV
 
+from skanomaly import LoadImages, ThresholdCalibrator, localize
 from skanomaly.display import MASK_COLOR, SEGMENT_COLOR, AnomalyMapDisplay
-from skanomaly.pipeline import make_pipeline
+from skanomaly.pipeline import final_step, make_pipeline
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -184,3 +188,65 @@ def test_shapes_that_do_not_fit_are_named():
         AnomalyMapDisplay(images, maps[:2]).plot()
     with pytest.raises(ValueError, match=r"masks must have .*got \(3, 12, 9\)"):
         AnomalyMapDisplay.from_predictions(images, maps, masks=masks[..., 1:])
+
+
+def test_a_good_image_alone_stays_dark():
+    """The scale ends at the threshold of the maps, not at the image's own maximum."""
+    maps = np.linspace(0.1, 0.2, 64).reshape(1, 8, 8)
+    images = np.zeros((1, 8, 8))
+    drawn = {
+        threshold: AnomalyMapDisplay.from_predictions(
+            images, maps, map_threshold=threshold
+        ).axes_[0, 1]
+        for threshold in (None, 0.15, 1.0)
+    }
+    for threshold, end in ((None, 0.2), (0.15, 0.2), (1.0, 1.0)):
+        norm = drawn[threshold].images[-1].norm
+        assert (norm.vmin, norm.vmax) == pytest.approx((0.1, end))
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, random_images):
+    folder = tmp_path_factory.mktemp("images")
+    names = [folder / f"{number}.png" for number in range(12)]
+    for path, image in zip(names, random_images(12, 16, 16, 3), strict=True):
+        Image.fromarray((255 * image).astype(np.uint8)).save(path)
+    return names
+
+
+HOLDERS = {
+    "a pipeline of scikit-learn": lambda pipeline: sklearn_pipeline.Pipeline(
+        pipeline.steps
+    ),
+    "a search": lambda pipeline: GridSearchCV(
+        pipeline, {"spade__sigma": [2.0]}, scoring=lambda *args: 0.0, cv=2
+    ),
+    "a calibrated pipeline": lambda pipeline: ThresholdCalibrator(
+        pipeline, false_positive_rate=0.3, cv=2
+    ),
+    "a search among calibrated pipelines": lambda pipeline: GridSearchCV(
+        ThresholdCalibrator(pipeline, false_positive_rate=0.3, cv=2),
+        {"cv": [2]},
+        scoring=lambda *args: 0.0,
+        cv=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_whatever_holds_a_detector_is_drawn(kind, paths, small):
+    pipeline = make_pipeline(LoadImages(), small("SPADE"))
+    holder = HOLDERS[kind](pipeline).fit(paths)
+    display = AnomalyMapDisplay.from_estimator(holder, paths[:2])
+    np.testing.assert_array_equal(display.images, LoadImages().transform(paths[:2]))
+    np.testing.assert_array_equal(display.maps, localize(holder, paths[:2]))
+    assert display.map_threshold == final_step(holder).map_threshold_
+    assert display.segments.shape == (2, 16, 16)
+
+
+def test_what_cannot_be_drawn_is_named(paths, small, random_images):
+    with pytest.raises(TypeError, match="NoneType has no maps"):
+        AnomalyMapDisplay.from_estimator(None, random_images(2, 8, 8))
+    detector = small("SPADE").fit(LoadImages().transform(paths))
+    with pytest.raises(TypeError, match="X holds paths, but SPADE has no step"):
+        AnomalyMapDisplay.from_estimator(detector, paths)

@@ -1,10 +1,15 @@
 """Decoding against Pillow, resizing against Pillow, and the ways back for maps."""
 
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
+import warnings
+import zlib
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -15,10 +20,12 @@ from PIL import Image
 from sklearn.base import clone
 
 from skanomaly.images import (
+    IMAGE_SUFFIXES,
     CenterCropImages,
     LoadImages,
     ResizeImages,
     ToDevice,
+    image_files,
     read_image,
 )
 
@@ -37,7 +44,11 @@ def paths(tmp_path):
 
 
 def stacked(paths):
-    return np.stack([np.array(Image.open(path).convert("RGB")) for path in paths])
+    images = []
+    for path in paths:
+        with Image.open(path) as file:
+            images.append(np.array(file.convert("RGB")))
+    return np.stack(images)
 
 
 # Decoding
@@ -122,6 +133,199 @@ def test_pixels_without_range_are_refused(tmp_path):
         read_image(tmp_path / "a.tiff")
 
 
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_every_listed_suffix_is_read(tmp_path, suffix):
+    path = tmp_path / f"a{suffix.upper()}"
+    image = Image.fromarray(random_image(6, 4))
+    if suffix == ".pbm":
+        image = image.convert("1")
+    image.save(path)
+    assert_array_equal(read_image(path), stacked([path])[0])
+
+
+def test_misnamed_image_is_read(tmp_path):
+    Image.fromarray(random_image(6, 4)).save(tmp_path / "a.gif")
+    (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
+    assert_array_equal(
+        read_image(tmp_path / "a.jpg", mode="L")[..., 0], random_image(6, 4)
+    )
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.eps", "x.tga"])
+def test_postscript_starts_no_other_program(tmp_path, monkeypatch, name):
+    def started(*args, **kwargs):
+        raise AssertionError("a program was started")
+
+    path = tmp_path / name
+    path.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
+    )
+    with Image.open(path) as opened:  # else the test shows nothing
+        assert opened.format == "EPS"
+    monkeypatch.setattr(subprocess, "Popen", started)
+    with pytest.raises(OSError, match=rf"{name}.*another format than BMP, GIF"):
+        read_image(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for path, message in (
+        (tmp_path / "pipe.png", r"pipe\.png': it is a pipe"),
+        (tmp_path / "folder.png", r"folder\.png': it is a folder; sorted\(Path"),
+        (Path(os.devnull), f"{os.devnull}': .* a device"),
+    ):
+        with pytest.raises(OSError, match=message):
+            read_image(path)
+        with pytest.raises(OSError, match=message):
+            LoadImages(memmap=tmp_path / "cache").transform([path])
+
+
+@pytest.mark.parametrize("action", ["error", "ignore"])
+@pytest.mark.parametrize("side", [12, 40])  # Pillow warns of the first only
+def test_too_large_picture_is_named(tmp_path, monkeypatch, side, action):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("1", (side, side)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", None)  # it is not decoded
+    message = rf"a\.png.*{side**2}\b.* pixels.*crop.*raise PIL\.Image\.MAX_IMAGE_PIXELS"
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        with pytest.raises(OSError, match=message):
+            read_image(tmp_path / "a.png")
+    monkeypatch.undo()
+    assert read_image(tmp_path / "a.png").shape == (side, side, 3)
+
+
+# 12 bits in files of 16
+
+
+def save_16_bit(path, levels, colour=False):
+    """Write a PNG file of 16 bits; Pillow writes no such colour."""
+    levels = np.asarray(levels, np.uint16)
+    if not colour:
+        Image.fromarray(levels).save(path)
+        return
+
+    def chunk(name, content):
+        checksum = zlib.crc32(name + content)
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", checksum)
+        )
+
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in levels)
+    head = struct.pack(">IIBBBBB", *levels.shape[::-1], 16, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("bits", [10, 12, 15])
+def test_max_value_counts_as_white(tmp_path, bits, suffix):
+    white = 2**bits - 1
+    levels = np.random.default_rng(0).integers(0, white + 1, (5, 4), np.uint16)
+    path = tmp_path / f"a.{suffix}"
+    save_16_bit(path, levels)
+    expected = np.floor(levels / white * 255 + 0.5)
+    pixels = read_image(path, mode="L", max_value=white)
+    assert_array_equal(pixels[..., 0], expected)
+    loaded = LoadImages(mode="L", max_value=white).transform([path])
+    assert_array_equal(loaded[0], pixels)
+
+
+@pytest.mark.parametrize("colour", [False, True])
+@pytest.mark.parametrize("memmap", [False, True])
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_twelve_bits_are_told_once(tmp_path, colour, memmap, n_jobs):
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, largest in zip(paths, (900, 4095, 70), strict=True):
+        save_16_bit(path, [[0, largest, 5], [3, 2, 1]], colour=colour)
+    loader = LoadImages(n_jobs=n_jobs, memmap=tmp_path / "cache" if memmap else None)
+    with pytest.warns(UserWarning, match=r"1\.png.* 4095.*max_value=4095") as record:
+        loader.transform(paths)
+    assert len(record) == 1
+    save_16_bit(paths[0], [[0, 4096, 5], [3, 2, 1]], colour=colour)
+    loader.transform(paths)
+
+
+def test_depths_that_are_told_or_not(tmp_path):
+    path = tmp_path / "a.png"
+    save_16_bit(path, [[0, 4095]])
+    with pytest.warns(UserWarning, match=r"a\.png.*max_value=4095"):
+        read_image(path)
+    read_image(path, max_value=65535)  # dark, and meant to be
+    with pytest.warns(UserWarning, match=r"a\.png.* 4095, above max_value=1023"):
+        pixels = read_image(path, max_value=1023)
+    assert pixels.max() == 255
+    save_16_bit(path, [[0, 0]])
+    read_image(path)
+    save_16_bit(path, [[0, 4095]], colour=True)
+    with pytest.raises(OSError, match=r"a\.png.*max_value=4095 is for greys"):
+        read_image(path, max_value=4095)
+
+
+def test_max_value_is_checked(paths):
+    for wrong in (0, 65536, 4095.0, "4095"):
+        with pytest.raises(ValueError, match="max_value"):
+            LoadImages(max_value=wrong).fit(paths)
+
+
+# image_files
+
+
+def names_of(files, folder):
+    return [str(path.relative_to(folder)) for path in files]
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_image_files_are_listed(tmp_path):
+    touch(tmp_path, "b.png", "a.JFIF", "c.pgm", "._a.png", "deep/d.tga", "deep/e/f.jpe")
+    touch(tmp_path, ".ipynb_checkpoints/g.png", "__MACOSX/h.png", "deep/.i/j.png")
+    touch(
+        tmp_path, "Thumbs.db", ".DS_Store", "desktop.ini", "deep/list.CSV", "README.md"
+    )
+    (tmp_path / "y.png").mkdir()
+    (tmp_path / "deep" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    assert names_of(image_files(tmp_path), tmp_path) == ["a.JFIF", "b.png", "c.pgm"]
+    files = image_files(str(tmp_path), recursive=True)
+    expected = ["a.JFIF", "b.png", "c.pgm", "deep/d.tga", "deep/e/f.jpe"]
+    assert names_of(files, tmp_path) == [str(Path(name)) for name in expected]
+
+
+def test_image_files_follow_links(tmp_path):
+    touch(tmp_path, "elsewhere/a.png")
+    (tmp_path / "here").mkdir()
+    link = tmp_path / "here" / "link"
+    link.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert image_files(tmp_path / "here", recursive=True) == [link / "a.png"]
+
+
+def test_image_files_tell_what_is_skipped(tmp_path):
+    touch(tmp_path, "a.png", "b.heic", "c.heic", "deep/d.npy", "notes.txt")
+    with pytest.warns(UserWarning, match=r"2 files in .*b\.heic'.*\.webp") as record:
+        assert len(image_files(tmp_path)) == 1
+    assert len(record) == 1
+    with pytest.warns(UserWarning, match=r"3 files"):
+        image_files(tmp_path, recursive=True)
+
+
+def test_image_files_of_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        image_files(tmp_path / "nowhere")
+
+
 # LoadImages
 
 
@@ -162,12 +366,38 @@ def test_load_names_the_first_file_of_another_size(paths, n_jobs):
         [1.0, 2.0],
         ["a.png", None],
         "a.png",
+        None,
+        3,
     ],
 )
 def test_load_refuses_what_are_no_paths(X):
     for method in ("fit", "transform"):
         with pytest.raises(TypeError, match="paths"):
             getattr(LoadImages(), method)(X)
+
+
+@pytest.mark.parametrize("method", ["fit", "transform", "fit_transform"])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: folder.glob("*.png"), r"sorted\(Path\(folder\)\.glob"),
+        (lambda folder: (path for path in folder.iterdir()), "generator.*list"),
+        (lambda folder: set(folder.iterdir()), r"any order.*sorted\(X\)"),
+        (str, r"not a folder.*sorted\(Path\(folder\)\.glob\(\"\*\.png\"\)\)"),
+        (Path, r"not a folder.*sorted\(Path\(folder\)\.glob"),
+    ],
+)
+def test_load_names_the_mend(paths, make, message, method):
+    with pytest.raises(TypeError, match=message):
+        getattr(LoadImages(), method)(make(paths[0].parent))
+
+
+def test_load_refuses_a_list_of_folders(paths):
+    folder = paths[0].parent
+    with pytest.raises(
+        OSError, match=rf"{re.escape(str(folder))}.*it is a folder; sorted"
+    ):
+        LoadImages().fit_transform([str(folder)])
 
 
 def test_load_refuses_nothing():
@@ -214,8 +444,45 @@ def test_memmap_is_named_by_what_it_holds(paths, tmp_path, monkeypatch):
     assert n_files(paths, mode="L") == 3
     assert n_files(paths, size=5) == 4
     assert n_files(paths, size=(5, 5)) == 4
+    assert n_files(paths, max_value=65535) == 4
+    assert n_files(paths, max_value=4095) == 5
     os.utime(paths[0], ns=(0, 1))
-    assert n_files(paths) == 5
+    assert n_files(paths) == 6
+
+
+DAMAGES = {
+    "pixel": lambda content: content[:-99] + bytes([content[-99] ^ 4]) + content[-98:],
+    "header": lambda content: content.replace(b"(7, 9, 7, 3)", b"(7, 9, 3, 7)"),
+    "type": lambda content: content.replace(b"|u1", b"|i1"),
+    "truncated": lambda content: content[:-200],
+    "half a header": lambda content: content[:40],
+    "longer": lambda content: content + b"0",
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_memmap_is_made_anew(paths, tmp_path, damage):
+    loader = LoadImages(memmap=tmp_path / "cache")
+    loader.transform(paths)
+    (file,) = (tmp_path / "cache").iterdir()
+    content = file.read_bytes()
+    file.write_bytes(DAMAGES[damage](content))
+    assert file.read_bytes() != content
+    message = rf"memmap: '{re.escape(str(file))}' is damaged \(.*made anew"
+    with pytest.warns(UserWarning, match=message) as record:
+        images = loader.transform(paths)
+    assert len(record) == 1
+    assert_array_equal(images, stacked(paths))
+    assert file.read_bytes() == content
+    assert_array_equal(loader.transform(paths), images)
+
+
+def test_memmap_of_no_folder_is_named(paths, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(OSError, match=r"memmap='.*cache.*cannot be written"):
+        LoadImages(memmap=tmp_path / "cache").transform(paths)
 
 
 def test_failed_load_leaves_nothing(paths, tmp_path):

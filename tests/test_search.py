@@ -150,7 +150,7 @@ def test_labels_that_would_invert_the_result_are_refused(scorer, of, data, detec
     # scikit-learn's own scorer takes them, and calls the best detector the worst
     inverted = roc_auc_score((y == -1).astype(int), fitted.decision_function(X))
     assert inverted < 0.2
-    with pytest.raises(ValueError, match=r"must hold labels.*np\.where"):
+    with pytest.raises(ValueError, match=r"labels must be.*labels_from"):
         scorer(fitted, X, of(y))
 
 

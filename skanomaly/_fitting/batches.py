@@ -1,5 +1,8 @@
 """How images become batches of tensors on the device that computes."""
 
+import functools
+import hashlib
+
 import numpy as np
 import torch
 
@@ -19,14 +22,48 @@ def resolve_device(device, X=None):
     -------
     torch.device
         The device.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
     """
     if device != "auto":
-        return torch.device(device)
+        return _named_device(device)
     if isinstance(X, torch.Tensor):
         return X.device
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _named_device(name):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"device={name!r} is no device of torch; 'auto', 'cpu', 'cuda', 'cuda:1' "
+            "and 'mps' are such names."
+        ) from None
+    if not is_there(device):
+        raise ValueError(
+            f"device={name!r}, but torch finds no such device here. 'auto' takes a GPU "
+            "where there is one."
+        )
+    return device
+
+
+def is_there(device):
+    """Return whether this machine has a device."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (
+            device.index is None or device.index < torch.cuda.device_count()
+        )
+    if device.type in ("cpu", "mps"):
+        return device.type == "cpu" or torch.backends.mps.is_available()
+    # of other makers; "meta" and its like are no places to compute
+    is_available = getattr(getattr(torch, device.type, None), "is_available", None)
+    return is_available is not None and is_available()
 
 
 class ImageBatches:
@@ -50,6 +87,12 @@ class ImageBatches:
 
     def __len__(self):
         return len(self.rows)
+
+    @functools.cached_property
+    def groups(self):
+        """Return a number for each image (n,), which only equal images share."""
+        keys = [content_key(self.array[row]) for row in self.rows]
+        return np.unique(np.array(keys), return_inverse=True)[1]
 
     def __getitem__(self, index):
         """Return the images of some rows as float32: (b, C, H, W) or (b, C, T, H, W).
@@ -87,3 +130,26 @@ def degrees_and_peaks(batches):
         strict=True,
     )
     return np.concatenate(degrees), np.concatenate(peaks)
+
+
+def content_key(image):
+    """Return a text that only images of equal content share.
+
+    Parameters
+    ----------
+    image : numpy.ndarray, numpy.void or torch.Tensor
+        An image, or a record of features.
+
+    Returns
+    -------
+    str
+        The text.
+    """
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        # NumPy knows no bfloat16
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    image = np.asanyarray(image)
+    digest = hashlib.sha256(repr((image.shape, image.dtype.str)).encode())
+    digest.update(np.ascontiguousarray(image))
+    return digest.hexdigest()[:32]

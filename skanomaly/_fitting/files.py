@@ -1,8 +1,11 @@
 """Files that are complete or not there, and checksums of what goes into them."""
 
 import contextlib
+import io
+import math
 import os
 import re
+import time
 import uuid
 import zlib
 from pathlib import Path
@@ -18,6 +21,15 @@ except ImportError:  # on Windows, which has no locks that end with their proces
 
 BATCH_BYTES = 2**24
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+SUM_BYTES = 4
+# Two writings within a tick of the disk's clock leave the same time behind.
+CLOCK_NS = 2 * 10**9
+
+_compared: set[tuple[int, ...]] = set()  # files whose checksum this process has read
+
+
+class DamagedFileError(Exception):
+    """A file does not hold what was written into it."""
 
 
 @contextlib.contextmanager
@@ -69,6 +81,28 @@ def replacing(path, what):
         Path(file.name).unlink(missing_ok=True)
 
 
+def try_to_write(path, what):
+    """Raise if no file can be written where one is to stand.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file, which is left as it is.
+    what : str
+        How errors name it.
+    """
+    with named_write_errors(what):
+        file = _new_temporary(Path(path))
+        try:
+            file.write(b"\0")
+            file.flush()
+            os.fsync(file.fileno())
+        finally:
+            with contextlib.suppress(OSError):
+                file.close()
+            Path(file.name).unlink(missing_ok=True)
+
+
 def _new_temporary(path):
     """Open a new file beside ``path``, locked for as long as its writer lives."""
     while True:
@@ -104,6 +138,137 @@ def remove_leftovers(folder):
             with contextlib.suppress(OSError), open(path, "rb") as file:
                 if _lock(file, wait=False):
                     path.unlink()
+
+
+class _Summed:
+    """A file that is written to, and the checksum of what went in."""
+
+    def __init__(self, file, what):
+        self.file = file
+        self.what = what
+        self.checksum = 0
+
+    def write(self, data):
+        self.checksum = zlib.crc32(data, self.checksum)
+        with named_write_errors(self.what):
+            return self.file.write(data)
+
+
+@contextlib.contextmanager
+def replacing_summed(path, what):
+    """Write a file as `replacing` does, and a checksum behind its content.
+
+    Readers of .npy files do not see what stands behind the array.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file. If the block fails, an older one stays as it was.
+    what : str
+        How errors name it.
+
+    Yields
+    ------
+    object
+        Has the method ``write``.
+    """
+    with replacing(path, what) as file:
+        summed = _Summed(file, what)
+        yield summed
+        summed.write(summed.checksum.to_bytes(SUM_BYTES, "little"))
+
+
+def read_summed(path):
+    """Read the array of a .npy file that was written by `replacing_summed`.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file.
+
+    Returns
+    -------
+    numpy.ndarray
+        The array.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    DamagedFileError
+        If its checksum is another.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    known = int.from_bytes(content[-SUM_BYTES:], "little")
+    if zlib.crc32(memoryview(content)[:-SUM_BYTES]) != known:
+        raise DamagedFileError("its checksum is another")
+    # four zeros have the right checksum of nothing, hence the look at the header
+    shape, dtype, start = _header(io.BytesIO(content), len(content))
+    return np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
+
+
+def map_summed(path):
+    """Map a .npy file that was written by `replacing_summed`, to be read only.
+
+    The header and the size are looked at each time, the checksum when the process opens
+    the file for the first time, since that reads all of it.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file.
+
+    Returns
+    -------
+    numpy.memmap
+        The array.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    DamagedFileError
+        If its header, size or checksum is another.
+    """
+    with open(os.fspath(path), "rb") as file:
+        status = os.fstat(file.fileno())
+        shape, dtype, start = _header(file, status.st_size)
+        _compare_once(file, status)
+        return np.memmap(file, dtype, "r", start, shape)
+
+
+def _header(file, n_bytes):
+    """Return shape, type and start of an array in a file of so many bytes."""
+    try:
+        version = np.lib.format.read_magic(file)
+        shape, fortran, dtype = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version](file)
+    except Exception as error:  # all kinds, from its parser of Python literals
+        raise DamagedFileError("its header cannot be read") from error
+    promised = file.tell() + dtype.itemsize * math.prod(shape) + SUM_BYTES
+    if fortran or dtype.hasobject or n_bytes != promised:
+        raise DamagedFileError(
+            f"it has {n_bytes} bytes where its header promises {promised}"
+        )
+    return shape, dtype, file.tell()
+
+
+def _compare_once(file, status):
+    state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    if state in _compared:
+        return
+    checksum, remaining = 0, status.st_size - SUM_BYTES
+    file.seek(0)
+    while remaining and (part := file.read(min(BATCH_BYTES, remaining))):
+        checksum = zlib.crc32(part, checksum)
+        remaining -= len(part)
+    if file.read() != checksum.to_bytes(SUM_BYTES, "little"):
+        raise DamagedFileError("its checksum is another")
+    if time.time_ns() - status.st_mtime_ns > CLOCK_NS:
+        _compared.add(state)
 
 
 def content_checksum(array):

@@ -203,20 +203,24 @@ class EarlyStop:
 
 @contextlib.contextmanager
 def seeded(seed):
-    """Seed torch's global generators while a network takes its initial weights.
+    """Seed torch's global generator while a network takes its initial weights.
 
-    They are restored afterwards. One thread at a time may be inside, since layers draw
-    their weights from the one generator that all threads share.
+    It is restored afterwards. One thread at a time may be inside, since layers draw
+    their weights from the one generator that all threads share. Networks are made on
+    the CPU, so that a seed gives the same weights on every device.
 
     Parameters
     ----------
     seed : int
-        Seed of torch's generators on all devices.
+        Seed of torch's generator on the CPU.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with _INITIALISING, torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
+    with _INITIALISING, torch.device("cpu"):
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before)
 
 
 def seeded_generator(seed):

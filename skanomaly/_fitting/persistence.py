@@ -1,9 +1,10 @@
 """How fitted estimators with networks go into files and come back."""
 
 import copy
+import os
 import warnings
 import zlib
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 import sklearn
@@ -13,6 +14,9 @@ from .. import version
 
 # of a fit, but of no use in another process
 NOT_IN_FILES = ("_optimizers", "_has_shared_weights")
+# parameters that change no result but by rounding
+OF_SCIKIT_LEARN = ("_sklearn_output_config", "_metadata_request", "_sklearn_version")
+HOW_TO_COMPUTE = ("batch_size", "device", "precision", "verbose")
 
 
 def forget(estimator, *names):
@@ -48,6 +52,55 @@ def put_back(estimator, state):
     estimator._restore_network(state["network_"])
 
 
+def _copy_with(estimator, attributes):
+    copied = object.__new__(type(estimator))
+    vars(copied).update({**vars(estimator), **attributes})
+    return copied
+
+
+def is_other(value, known):
+    """Return whether a parameter is another one than a plain value that is known."""
+    differs = value != known
+    # the comparison of an array is one, too
+    return not isinstance(differs, (bool, np.bool_)) or bool(differs)
+
+
+def as_fitted(estimator):
+    """Return an estimator with the parameters that it predicts with.
+
+    Parameters
+    ----------
+    estimator : PersistentNetwork
+        A fitted estimator, whose parameters may have been set since.
+
+    Returns
+    -------
+    PersistentNetwork
+        The estimator itself, or a copy with the parameters of its fit but for those
+        that prediction may take as they are now.
+
+    Raises
+    ------
+    ValueError
+        If a parameter was set to what fit would refuse.
+    """
+    built_from = estimator._built_from
+    changed = [
+        name
+        for name in built_from
+        if is_other(getattr(estimator, name), built_from[name])
+    ]
+    if not changed:
+        return estimator
+    estimator._validate_params()
+    taken = (*HOW_TO_COMPUTE, *estimator._judged_by)
+    fitted = _copy_with(
+        estimator, {name: built_from[name] for name in changed if name not in taken}
+    )
+    fitted._check_settings()
+    return fitted
+
+
 class PersistentNetwork:
     """Mixin of estimators that may hold a ``network_``.
 
@@ -57,8 +110,12 @@ class PersistentNetwork:
     ``_built_from`` the parameters that this reads.
     """
 
-    # private attributes that a training needs to go on
-    _kept_names: tuple[str, ...] = ("_seed", "_built_from")
+    def _validate_params(self):
+        super()._validate_params()
+        _check_numbers(self)
+
+    # private attributes that a fit leaves
+    _kept_names: tuple[str, ...] = ("_seed", "_built_from", "_value_range")
 
     def __getstate__(self):
         state = {
@@ -79,12 +136,11 @@ class PersistentNetwork:
     def __setstate__(self, state):
         state = dict(state)
         saved_by, checksum = state.pop("_saved_by", {}), state.pop("_checksum", None)
-        arrays = list(_arrays(state))
-        is_mapped = any(isinstance(array, np.memmap) for _, array in arrays)
-        if checksum is not None and not is_mapped and checksum != _checksum(state):
+        self._refuse_foreign(state)
+        if checksum is not None and not _agree(checksum, _checksum(state)):
             raise ValueError(
-                f"The file of this {type(self).__name__} is damaged: its arrays are "
-                "not those that were saved."
+                f"The file of this {type(self).__name__} is damaged: what it holds is "
+                "not what was saved."
             )
         changes = [
             f"{package} {version} (now {_versions()[package]})"
@@ -101,12 +157,28 @@ class PersistentNetwork:
         if "network_" in state:
             self._restore_network(state["network_"])
 
+    def _refuse_foreign(self, state):
+        """Raise if a file holds what no estimator of the class has written.
+
+        An attribute may not take the place of a method, and none is called.
+        """
+        known = {*self._get_param_names(), *self._kept_names, *OF_SCIKIT_LEARN}
+        for name, value in state.items():
+            is_known = name in known or (
+                name.endswith("_")
+                and not name.startswith("_")
+                and not callable(getattr(type(self), name, None))
+            )
+            if not is_known or callable(value):
+                raise ValueError(
+                    f"The file of this {type(self).__name__} holds {name!r}, which is "
+                    "not of its making: do not use it unless you know who wrote it."
+                )
+
     def _restore_network(self, arrays):
         # parameters may have been set since the fit
-        fitted = object.__new__(type(self))
-        vars(fitted).update({**vars(self), **self._built_from})
         with torch.device("meta"):
-            network = fitted._build_network()
+            network = _copy_with(self, self._built_from)._build_network()
         tensors = {name: _to_tensor(array) for name, array in arrays.items()}
         network.load_state_dict(tensors, assign=True)
         self.network_ = channels_last(network).eval()
@@ -120,6 +192,29 @@ class PersistentNetwork:
             forget(self, "_has_shared_weights")
 
 
+def _check_numbers(estimator):
+    """Raise if numbers among the parameters are of a kind that is not computed with.
+
+    Of them scikit-learn's constraints let through what Python calls a number.
+    """
+    for name, value in estimator.get_params(deep=False).items():
+        problem = None
+        if isinstance(value, (float, np.floating)) and not np.isfinite(value):
+            problem = "must be finite"
+        elif isinstance(value, np.integer) and value.dtype.itemsize < 4:
+            problem = f"may overflow in what is computed of it: int({name})"
+        elif (
+            isinstance(value, (bool, np.bool_))
+            and "boolean" not in estimator._parameter_constraints[name]
+            and name != "verbose"
+        ):
+            problem = "must be a number, not a boolean"
+        if problem is not None:
+            raise ValueError(
+                f"{name}={value!r} of {type(estimator).__name__} {problem}."
+            )
+
+
 def _versions():
     return {
         "skanomaly": version.__version__,
@@ -128,23 +223,51 @@ def _versions():
     }
 
 
-def _arrays(state, path=()):
-    """Yield the places and the numerical arrays in nested dictionaries, in order."""
-    for name in sorted(state, key=str):
-        value = state[name]
-        if isinstance(value, dict):
-            yield from _arrays(value, (*path, name))
-        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
-            yield (*path, name), value
+def _leaves(value, path=()):
+    """Yield the places of what nested containers hold, and what is there, in order."""
+    if isinstance(value, dict):
+        for name in sorted(value, key=str):
+            yield from _leaves(value[name], (*path, name))
+    elif isinstance(value, (list, tuple)):
+        yield path, len(value)
+        for number, item in enumerate(value):
+            yield from _leaves(item, (*path, number))
+    else:
+        yield path, value
 
 
 def _checksum(state):
-    checksum = 0
+    """Return checksums of arrays, None if they are mapped from a file, and of all else.
+
+    What is mapped is not to be read at once.
+    """
+    of_arrays, of_others, is_mapped = 0, 0, False
     # places and shapes count, too: arrays that changed places would go unnoticed
-    for path, array in _arrays(state):
-        checksum = zlib.crc32(repr((path, array.shape)).encode(), checksum)
-        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
-    return checksum
+    for path, value in _leaves(state):
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            place = repr((path, value.shape, value.dtype.str))
+            of_others = zlib.crc32(place.encode(), of_others)
+            if isinstance(value, np.memmap):
+                is_mapped = True
+            else:
+                data = np.ascontiguousarray(value).view(np.uint8).data
+                of_arrays = zlib.crc32(data, of_arrays)
+        else:
+            of_others = zlib.crc32(repr((path, _plain(value))).encode(), of_others)
+    return None if is_mapped else of_arrays, of_others
+
+
+def _plain(value):
+    """Return what tells two values apart, in this process and in the next."""
+    if isinstance(value, (float, np.floating)):
+        return float(value).hex()
+    if isinstance(value, (bool, np.bool_, str, type(None), os.PathLike)):
+        return str(value)
+    return int(value) if isinstance(value, Integral) else type(value).__name__
+
+
+def _agree(saved, found):
+    return found[0] in (None, saved[0]) and found[1] == saved[1]
 
 
 def network_to_arrays(network):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .files import content_checksum, remove_leftovers, replacing
+from .files import content_checksum, remove_leftovers, replacing, try_to_write
 from .persistence import fitted_state, put_back
 from .processes import Processes
 
@@ -214,9 +214,7 @@ def _checked_place(checkpoint):
         )
     remove_leftovers(path.parent)
     # a training of hours is not to find out at its end
-    with replacing(path.with_name(f"{path.name}.try"), _named(path)) as file:
-        file.write(b"\0")
-    path.with_name(f"{path.name}.try").unlink(missing_ok=True)
+    try_to_write(path, _named(path))
     return path
 
 

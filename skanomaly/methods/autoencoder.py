@@ -312,6 +312,8 @@ class Autoencoder(_ReconstructionDetector):
         "ssim_constants": [tuple, list],
     }
 
+    _judged_by = ("loss", "ssim_constants", "smoothing_size")
+
     def __init__(
         self,
         *,
@@ -508,6 +510,8 @@ class VariationalAutoencoder(_ReconstructionDetector):
         "divergence_weight": [Interval(Real, 0, None, closed="left")],
         "n_samples": [Interval(Integral, 1, None, closed="left")],
     }
+
+    _judged_by = ("n_samples", "smoothing_size")
 
     def __init__(
         self,

@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from .._fitting.batches import ImageBatches
 from .._fitting.loop import Samples
 from .._tensors.losses import gradient_penalty
 from .._tensors.networks import instance_norm, pad_to_multiple
-from .._validation import check_labels
+from .._validation import required_labels
 from ..base import NetworkDetector
 
 MAX_GRADIENT_NORM = 10.0
@@ -306,6 +305,8 @@ class DeScarGAN(NetworkDetector):
         "image_score": [StrOptions({"classifier", "map"})],
     }
 
+    _judged_by = ("image_score",)
+
     def __init__(
         self,
         *,
@@ -375,11 +376,10 @@ class DeScarGAN(NetworkDetector):
         numpy.ndarray of shape (n, H, W, C)
             Healthy versions, float32 in [0, 1].
         """
-        check_is_fitted(self)
-        images = self._images(X)
+        fitted, images = self._prepare(X)
         result = np.empty((len(images), *self.image_shape_), np.float32)
-        for rows, healthy in self._in_batches(
-            images, lambda batch, generator: self._make_healthy(batch)
+        for rows, healthy in fitted._in_batches(
+            images, lambda batch, generator: fitted._make_healthy(batch)
         ):
             result[rows] = healthy.permute(0, 2, 3, 1).cpu().numpy()
         return result
@@ -413,15 +413,7 @@ class DeScarGAN(NetworkDetector):
                 "be passed, but the target y is None. Labels are +1 for healthy and -1 "
                 "for diseased images."
             )
-        y = np.asarray(y)
-        values = np.unique(y)
-        if y.ndim != 3 and not np.isin(values, (-1, 1)).all():
-            raise ValueError(
-                "y must hold +1 for healthy and -1 for diseased images, but holds "
-                f"{values[:5].tolist()}. Convert labels with 1 for diseased images by "
-                "np.where(y == 1, -1, 1)."
-            )
-        labels = check_labels(y, n_samples)
+        labels = required_labels(y, n_samples)
         if len(np.unique(labels)) < 2:
             raise ValueError(
                 "y must hold both healthy (+1) and diseased (-1) images, but all "

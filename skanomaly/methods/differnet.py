@@ -308,8 +308,10 @@ class DifferNet(NetworkDetector):
         "backbone": [str],
         "layer": [str, None],
         "weights": [str, os.PathLike, None],
-        "sigma": [Interval(Real, 0, None, closed="left")],
+        "sigma": [Interval(Real, 0, 1000, closed="both")],
     }
+
+    _judged_by = ("n_transforms_test", "sigma")
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import itertools
 import os
 from functools import partial
 from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -260,6 +261,8 @@ class DRAEM(NetworkDetector):
         "pooling_size": [Interval(Integral, 1, None, closed="left")],
     }
 
+    _judged_by = ("pooling_size",)
+
     def __init__(
         self,
         *,
@@ -336,7 +339,8 @@ class DRAEM(NetworkDetector):
         if self.textures is None:
             return None
         if isinstance(self.textures, (str, os.PathLike)):
-            files = image_files(self.textures, recursive=True)
+            folder = Path(self.textures)
+            files = image_files(folder, recursive=True) if folder.is_dir() else []
             if not files:
                 raise ValueError(
                     f"textures={str(self.textures)!r} holds no image file."

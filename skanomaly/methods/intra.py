@@ -270,6 +270,8 @@ class InTra(NetworkDetector):
         "smoothing_size": [Interval(Integral, 1, None, closed="left")],
     }
 
+    _judged_by = ("reference", "smoothing_size")
+
     def __init__(
         self,
         *,

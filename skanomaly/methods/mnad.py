@@ -280,6 +280,8 @@ class MNAD(NetworkDetector):
         "clip_length": [Interval(Integral, 2, None, closed="left")],
     }
 
+    _judged_by = ("score_weight", "update_at_test", "update_threshold")
+
     def __init__(
         self,
         *,

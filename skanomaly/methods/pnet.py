@@ -265,6 +265,8 @@ class PNet(NetworkDetector):
         "critic_width": [Interval(Integral, 1, None, closed="left")],
     }
 
+    _judged_by = ("score_weight",)
+
     def __init__(
         self,
         *,
@@ -527,10 +529,10 @@ class PNet(NetworkDetector):
         numpy.ndarray of shape (n, H, W)
             Probabilities of a structure, float32.
         """
-        images = self._images(X)
+        fitted, images = self._prepare(X)
         result = np.empty((len(images), *self.image_shape_[:2]), np.float32)
-        for rows, structure in self._in_batches(
-            images, lambda batch, generator: self._structure(batch)
+        for rows, structure in fitted._in_batches(
+            images, lambda batch, generator: fitted._structure(batch)
         ):
             result[rows] = structure[:, 0].cpu().numpy()
         return result

@@ -161,6 +161,8 @@ class RIAD(NetworkDetector):
 
     _weight_decay = 1e-5
 
+    _judged_by = ("cell_sizes", "n_masks", "smoothing_size")
+
     def __init__(
         self,
         *,

@@ -212,6 +212,8 @@ class SCADN(NetworkDetector):
         "smoothing_size": [Interval(Integral, 1, None, closed="left")],
     }
 
+    _judged_by = ("image_score", "smoothing_size")
+
     def __init__(
         self,
         *,

@@ -25,7 +25,8 @@ SUPERPIXELS_AT_ONCE = 32
 
 
 def _group_norm(channels):
-    return nn.GroupNorm(math.gcd(channels, 8), channels)
+    # of one channel a group, a map of one pixel would be normalised to nothing
+    return nn.GroupNorm(math.gcd(max(1, channels // 2), 8), channels)
 
 
 class SMAINetwork(nn.Module):
@@ -167,6 +168,8 @@ class SMAI(NetworkDetector):
         "width": [Interval(Integral, 1, None, closed="left")],
         "smoothing_size": [Interval(Integral, 1, None, closed="left")],
     }
+
+    _judged_by = ("n_segments", "compactness", "smoothing_size")
 
     def __init__(
         self,

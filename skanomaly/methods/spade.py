@@ -164,8 +164,10 @@ class SPADE(BaseDetector):
         "backbone": [str],
         "layers": [tuple, list],
         "weights": [str, os.PathLike, None],
-        "sigma": [Interval(Real, 0, None, closed="left")],
+        "sigma": [Interval(Real, 0, 1000, closed="both")],
     }
+
+    _judged_by = ("n_neighbors", "n_pixel_neighbors", "image_score", "sigma")
 
     def __init__(
         self,
@@ -204,6 +206,18 @@ class SPADE(BaseDetector):
         self.random_state = random_state
         self.verbose = verbose
 
+    _kept_names = (
+        *BaseDetector._kept_names,
+        "_groups",
+        "_stored_layers",
+        "_feature_shapes",
+    )
+
+    def _why_no_maps(self):
+        if self.gallery_size:
+            return None
+        return "gallery_size=0 keeps no features to localize with"
+
     def _build_network(self):
         return Backbone(self.backbone, self._stored_layers)
 
@@ -231,8 +245,8 @@ class SPADE(BaseDetector):
             )
         if len(X) < (2 if reset else 1):
             raise ValueError(
-                f"Found array with {len(X)} sample(s) (shape={X.shape}) while a "
-                f"minimum of {2 if reset else 1} is required by SPADE."
+                f"X is refused: Found array with {len(X)} sample(s) (shape={X.shape}) "
+                f"while a minimum of {2 if reset else 1} is required by SPADE."
             )
         if not all(np.isfinite(x[n]).all() for x in X for n in X.dtype.names):
             raise ValueError("Input X contains NaN or infinity, which SPADE refuses.")
@@ -264,6 +278,7 @@ class SPADE(BaseDetector):
     def _fit(self, images, labels):
         forget(self, "network_", "indices_")
         self._begin_anew()
+        self._groups = images.groups
         if self.backbone != "precomputed":
             with seeded(self._seed):
                 network = make_backbone(
@@ -337,11 +352,6 @@ class SPADE(BaseDetector):
 
     def _maps(self, features, search):
         """Average the distances that ``search`` finds over the layers; smooth them."""
-        if not self.gallery_size:
-            raise ValueError(
-                "gallery_size=0 keeps no features to localize with; it only scores "
-                "images."
-            )
         size = self.image_shape_[:2]
         maps = 0.0
         for layer in self.layers:
@@ -379,11 +389,6 @@ class SPADE(BaseDetector):
         found, _ = index.search(queries.flatten(0, 1), n_neighbors)
         return found.view(*queries.shape[:2], -1)
 
-    def _scores_and_peaks(self, X):
-        if self.gallery_size:
-            return super()._scores_and_peaks(X)
-        return self.score_samples(X), None
-
     def _why_not_leave_one_out(self):
         if self.algorithm == "nndescent":
             return "it searches exactly, but algorithm='nndescent' does not"
@@ -408,14 +413,22 @@ class SPADE(BaseDetector):
         return rng.permutation(len(self.embeddings_))[:MAP_THRESHOLD_IMAGES]
 
     def _other_images(self, rows, n_neighbors):
-        """Return distances and rows of the training images nearest to some of them."""
+        """Return distances and rows of the training images nearest to some of them.
+
+        Copies of an image are not others.
+        """
         embeddings = shared_tensor(self.embeddings_)
-        n_neighbors = min(n_neighbors, len(embeddings) - 1)
+        groups = torch.from_numpy(self._groups)
+        most_copies = int(groups.bincount().max())
+        # of nothing but copies, they are all that there is
+        n_neighbors = max(1, min(n_neighbors, len(embeddings) - most_copies))
         distances, neighbors = nearest_distances(
-            embeddings[rows], embeddings, n_neighbors=n_neighbors + 1
+            embeddings[rows],
+            embeddings,
+            n_neighbors=min(n_neighbors + most_copies, len(embeddings)),
         )
-        itself = neighbors == torch.from_numpy(rows)[:, None]
-        order = itself.long().argsort(dim=1, stable=True)[:, :n_neighbors]
+        is_copy = groups[neighbors] == groups[torch.from_numpy(rows)][:, None]
+        order = is_copy.long().argsort(dim=1, stable=True)[:, :n_neighbors]
         return distances.gather(1, order), neighbors.gather(1, order)
 
     def _leave_one_out_peaks(self, rows):

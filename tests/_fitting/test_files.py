@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from skanomaly._fitting import files
 from skanomaly._fitting.files import (
+    DamagedFileError,
     content_checksum,
+    map_summed,
     named_write_errors,
+    read_summed,
     remove_leftovers,
     replacing,
+    replacing_summed,
 )
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="has no such limits and signals")
@@ -101,3 +106,88 @@ def test_checksums_do_not_depend_on_the_container(random_images):
     assert content_checksum(array) == content_checksum(np.asfortranarray(array))
     assert content_checksum(array) != content_checksum(array[::-1])
     assert content_checksum(array) != content_checksum(array.reshape(50, 1024, 1))
+
+
+# Files with a checksum
+
+
+@pytest.fixture
+def summed(tmp_path):
+    """Return a file with a checksum, and the array that it holds."""
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    with replacing_summed(tmp_path / "a.npy", "a") as file:
+        np.save(file, array)
+    return tmp_path / "a.npy", array
+
+
+READERS = pytest.mark.parametrize("read", [read_summed, map_summed])
+
+
+@READERS
+def test_what_is_written_with_a_checksum_comes_back(summed, read):
+    path, array = summed
+    np.testing.assert_array_equal(read(path), array)
+    np.testing.assert_array_equal(np.load(path), array)
+    with pytest.raises(FileNotFoundError):
+        read(path.with_name("b.npy"))
+
+
+@READERS
+def test_every_flipped_bit_is_noticed(summed, read):
+    path, _ = summed
+    content = path.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFileError):
+            read(path)
+
+
+@READERS
+def test_every_other_length_is_noticed(summed, read):
+    path, _ = summed
+    content = path.read_bytes()
+    for damaged in (*(content[:n] for n in range(len(content))), content + b"0"):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFileError):
+            read(path)
+    path.write_bytes(bytes(len(content)))
+    with pytest.raises(DamagedFileError):
+        read(path)
+
+
+def test_a_mapped_file_is_read_whole_once_a_process(summed, monkeypatch):
+    path, array = summed
+    monkeypatch.setattr(files, "_compared", set())
+    os.utime(path, ns=(0, 0))
+    map_summed(path)
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(0, 0))
+    assert (map_summed(path) != array).sum() == 1
+    path.write_bytes(content[:-1])
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(DamagedFileError, match=r"155 bytes .* promises 156"):
+        map_summed(path)
+    path.write_bytes(content)  # at another time
+    with pytest.raises(DamagedFileError, match="checksum"):
+        map_summed(path)
+
+
+@POSIX
+def test_a_full_disk_is_named_while_the_file_is_written(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match=r"memory: 'a' cannot be written \(File too"),
+            replacing_summed(tmp_path / "a.npy", "memory: 'a'") as file,
+        ):
+            np.save(file, np.zeros(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

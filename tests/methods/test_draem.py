@@ -216,6 +216,7 @@ def test_images_are_corrupted_under_their_masks_only(X, record_samples):
     assert (corrupted[inside] != clean[inside]).float().mean() > 0.95
 
 
+@pytest.mark.filterwarnings("ignore:.*are copies of others")
 def test_opacity_weighs_the_texture(record_samples):
     """On black images a flat white texture leaves its opacity, if not inverted."""
 
@@ -276,6 +277,7 @@ def first_loss(detector, X):
     return loss
 
 
+@pytest.mark.filterwarnings("ignore:.*are copies of others")
 def test_the_target_is_the_image_without_the_defect(first_loss, random_images):
     image = random_images(1, 32, 32)
     X, known = np.repeat(image, 8, axis=0), image[:, None]
@@ -294,6 +296,7 @@ def test_the_target_of_a_rotated_image_is_the_rotated_image(first_loss, random_i
     assert loss == pytest.approx(FOCAL_LOSS_OF_NO_OPINION, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*are copies of others")
 @pytest.mark.parametrize(("level", "data_range"), [(0.5, 1.0), (-0.6, 2.0)])
 def test_the_range_of_ssim_follows_the_repaired_image(level, data_range, first_loss):
     """For constant images only the constant of the luminance holds the range."""

@@ -214,6 +214,7 @@ def test_maps_compare_with_the_mean_map_of_the_training(random_images, small):
         )
 
 
+@pytest.mark.filterwarnings("ignore:.*are copies of others")
 def test_equal_training_images_have_empty_maps(random_images, small):
     X = np.repeat(random_images(1, 24, 24, 3), 4, axis=0)
     np.testing.assert_allclose(small(InTra).fit(X).localize(X), 0, atol=1e-12)

@@ -188,6 +188,7 @@ def test_items_have_moved_in_a_fit_and_kept_their_norm(precision, random_images,
     torch.testing.assert_close(after.norm(dim=1), torch.ones(10), atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*are copies of others")
 def test_equal_training_images_have_finite_scores(small):
     X = np.full((6, 16, 16, 1), 0.5)
     assert np.isfinite(small(MNAD).fit(X).score_samples(X)).all()

@@ -251,6 +251,7 @@ def test_equal_images_and_structures_have_empty_maps(build, random_images):
     model = build()
     model.network_["reconstructor"].forward = lambda structure, images: images
     model._seed, model.offset_ = 0, 0.0
+    model._built_from, model._value_range = {}, (False, 0.0, 1.0)
     model.n_features_in_ = 32 * 32
     X = random_images(2, 32, 32)
     np.testing.assert_array_equal(model.localize(X), np.zeros((2, 32, 32)))

@@ -135,6 +135,7 @@ def test_an_image_equal_to_what_is_painted_has_an_empty_map(build, random_images
     model = build()
     model.network_.unet.forward = Constant().forward
     model._seed, model.offset_, model.map_threshold_ = 0, 0.0, 0.0
+    model._built_from, model._value_range = {}, (False, 0.0, 1.0)
     model.n_features_in_ = 24 * 20 * 3
     X = np.full((1, 24, 20, 3), (np.tanh(0.3) + 1) / 2, np.float32)
     np.testing.assert_allclose(model.localize(X), 0.0, atol=1e-5)

@@ -8,7 +8,9 @@ from skanomaly import SMAI
 from skanomaly._tensors.filters import mean_filter
 from skanomaly._tensors.losses import ssim_loss
 
-SMALL = {"SMAI": {"n_segments": 16, "width": 4, **TRAINED_BRIEFLY}}
+SMALL = {
+    "SMAI": {"n_segments": 16, "width": 4, **TRAINED_BRIEFLY, "learning_rate": 3e-3}
+}
 TINY = {"SMAI": {"n_segments": 2}}
 PLANTED = {"SMAI": (32, 12)}
 
@@ -192,6 +194,7 @@ def test_superpixels_of_a_training_are_found_once(monkeypatch, small):
     assert sum(calls) == 6
 
 
+@pytest.mark.filterwarnings("ignore:.*are copies of others")
 def test_images_of_one_colour_do_not_crash(small):
     X = np.full((4, 24, 20, 1), 0.5)
     assert np.isfinite(small(SMAI).fit(X).localize(X)).all()
