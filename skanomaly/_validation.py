@@ -21,7 +21,6 @@ from ._fitting.persistence import is_other
 
 # values beyond which numbers in [0, 1] are something else; resampling overshoots a bit
 OVERSHOOT = 0.25
-BYTE_LIKE = 100
 # beyond it squares, and products of them, leave float32
 LARGEST = 1e6
 # a picture has so many channels at most, and sides that are longer than that
@@ -410,8 +409,8 @@ def check_range(estimator, images, seen=None):
     if is_outside:
         _warn_of_range(f"{words}: its scores say little unless the scale is the same.")
     elif not seen.is_unit and own.is_unit and own.high > 0:
-        is_small = own.is_bytes or seen.high >= BYTE_LIKE
-        if is_small:
+        is_smaller = seen.high > 4 * max(own.high, 1.0)
+        if own.is_bytes or is_smaller or seen.low < -OVERSHOOT <= own.low:
             _warn_of_range(
                 f"{words}: uint8 is divided by 255, all else is taken as it is. Give "
                 "what fit was given."
@@ -428,8 +427,8 @@ def _extremes(images):
 def _mend_of(own):
     if own.low < 0:
         return (
-            "undo their standardisation. Backbones standardise by themselves what is "
-            "in [0, 1]."
+            "scale them to it. If they were standardised, leave that out: backbones "
+            "standardise by themselves."
         )
     return "divide them by their largest possible value."
 
@@ -545,8 +544,12 @@ def _read_labels(y, n_samples):
             f"y has shape {y.shape}; it must hold labels (n,) or masks (n, H, W)."
         )
     if y.dtype == object:
-        with contextlib.suppress(TypeError, ValueError):
-            y = y.astype(float)
+        kinds = set(map(type, y.ravel().tolist()))
+        if kinds <= {bool, np.bool_}:
+            y = y.astype(bool)
+        elif str not in kinds:
+            with contextlib.suppress(TypeError, ValueError):
+                y = y.astype(float)
     rule = "labels must be +1 for normal and -1 for anomalous images"
     values = np.unique(y.astype(str) if y.dtype == object else y)[:5].tolist()
     if y.dtype.kind in "cmM":
@@ -607,9 +610,25 @@ def warn_of_copies(groups):
         )
 
 
-def warn_of_thresholds(estimator):
-    """Warn if thresholds belong to other parameters than those that judge now."""
-    built_from = estimator._built_from if hasattr(estimator, "offset_") else {}
+def checked_offset(estimator):
+    """Return the threshold of the scores of a fitted detector.
+
+    Parameters
+    ----------
+    estimator : BaseDetector
+        A fitted detector.
+
+    Returns
+    -------
+    float
+        Its ``offset_``.
+
+    Warns
+    -----
+    UserWarning
+        If parameters that judge were set since: the thresholds belong to others.
+    """
+    built_from = estimator._built_from
     changes = [
         f"{name}={getattr(estimator, name)!r} (in fit {built_from[name]!r})"
         for name in estimator._judged_by
@@ -622,6 +641,7 @@ def warn_of_thresholds(estimator):
             "score_samples and localize.",
             stacklevel=3,
         )
+    return estimator.offset_
 
 
 def check_out(out, shape):

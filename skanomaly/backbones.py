@@ -23,7 +23,12 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ._fitting.batches import ImageBatches, content_key, resolve_device
+from ._fitting.batches import (
+    ImageBatches,
+    content_key,
+    move_network,
+    resolve_device,
+)
 from ._fitting.files import (
     DamagedFileError,
     named_write_errors,
@@ -34,6 +39,7 @@ from ._fitting.files import (
 from ._fitting.loop import autocast, seeded
 from ._fitting.persistence import (
     PersistentNetwork,
+    as_fitted,
     channels_last,
     network_to_arrays,
     plain_parameters,
@@ -523,6 +529,8 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         self.device = device
         self.random_state = random_state
 
+    _judged_by = ("pool", "memory")
+
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = True
@@ -571,13 +579,14 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
             all layers side by side.
         """
         check_is_fitted(self)
-        X = check_images(self, X, reset=False, image_shape=self.image_shape)
+        fitted = as_fitted(self)
+        X = check_images(fitted, X, reset=False, image_shape=fitted.image_shape)
         check_range(self, X, seen=self._value_range)
         images = ImageBatches(X, resolve_device(self.device, X))
-        self.network_.to(images.device)
+        move_network(self.network_, images.device)
         if self.memory is None:
-            return _collect(len(images), self._compute(images))
-        return self._remember(images)
+            return _collect(len(images), fitted._compute(images))
+        return fitted._remember(images)
 
     def inverse_transform_maps(
         self, maps: ArrayLike, X: ArrayLike

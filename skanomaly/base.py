@@ -47,9 +47,6 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
 
     # number of images a clip, of methods that take clips
     _clip_length = None
-    # parameters that the judgement takes as they are now; beside what says how to
-    # compute (persistence.HOW_TO_COMPUTE) all others are those of the fit
-    _judged_by: tuple[str, ...] = ()
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -110,8 +107,7 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         numpy.ndarray of shape (n,)
             ``score_samples(X) - offset_``, negative for anomalous images.
         """
-        _validation.warn_of_thresholds(self)
-        return self.score_samples(X) - self.offset_
+        return self.score_samples(X) - _validation.checked_offset(self)
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
         """Tell normal from anomalous images.
@@ -174,23 +170,24 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
             True where the map exceeds ``map_threshold_``, in images that ``predict``
             calls anomalous.
         """
-        _validation.warn_of_thresholds(self)
         fitted, images = self._prepare(X)
+        offset = _validation.checked_offset(self)
         result = np.empty((len(images), *fitted._map_shape), bool)
         for rows, degrees, maps in fitted._evaluate(images, maps_wanted=True):
-            normal = -degrees - self.offset_ >= 0
+            normal = -degrees - offset >= 0
             result[rows] = maps > self.map_threshold_
             result[rows][normal] = False
         return result
 
     def _fit_to(self, X, y, **given):
         """Fit, with what a method's `fit` is given beside images and labels."""
-        _validation.check_default_dtype()
-        X = self._check_X(X, reset=True)
-        images, labels = self._training_images(X, self._check_y(y, len(X)))
-        value_range = _validation.check_range(self, images.array)
-        self._check_settings()
-        _validation.warn_of_copies(images.groups)
+        with persistence.unchanged_if_refused(self):
+            _validation.check_default_dtype()
+            X = self._check_X(X, reset=True)
+            images, labels = self._training_images(X, self._check_y(y, len(X)))
+            value_range = _validation.check_range(self, images.array)
+            self._check_settings()
+            _validation.warn_of_copies(images.groups)
         persistence.forget(self, "offset_", "map_threshold_")
         # whatever the caller has switched off
         with torch.inference_mode(False), torch.enable_grad():
@@ -219,9 +216,6 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         Both are high where anomalous; the maps may be None unless they are wanted. What
         is random is drawn from the generator, which is the same for each batch.
         """
-
-    def _check_settings(self):
-        """Raise if parameters do not fit each other or the images."""
 
     def _why_no_maps(self):
         """Return why there are no maps, or None."""
@@ -278,10 +272,8 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         X = fitted._check_X(X, reset=False)
         _validation.check_range(self, X, seen=self._value_range)
         device = batches.resolve_device(self.device, X)
-        network = getattr(self, "network_", None)
-        # its parameters are always together, so that one of them tells
-        if network is not None and next(network.parameters()).device != device:
-            network.to(device)
+        if hasattr(self, "network_"):
+            batches.move_network(self.network_, device)
         return fitted, batches.ImageBatches(X, device)
 
     def _begin_anew(self):

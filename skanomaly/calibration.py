@@ -22,7 +22,7 @@ from ._fitting.persistence import forget
 from ._typing import ImagesOrPaths, Self, available_if, fit_context
 from ._validation import required_labels, warn_of_copies
 from .base import BaseDetector
-from .pipeline import final_step, with_maps
+from .pipeline import final_step, unwrapped, with_maps
 
 
 def _estimator_has(method):
@@ -212,6 +212,8 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
                 (train, normal[np.intersect1d(test, firsts)])
                 for train, test in self._splits(groups)
             ]
+            # a fold may hold nothing but copies of images that others score
+            splits = [(train, test) for train, test in splits if len(test)]
             found = []
             for train, test in splits[: 1 if self.method == "holdout" else None]:
                 detector = fitted(train)
@@ -237,6 +239,14 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
             )
         if self.method != "loo":
             return
+        if unwrapped(self.estimator) is not self.estimator or any(
+            isinstance(step, FrozenEstimator)
+            for _, step in getattr(self.estimator, "steps", ())
+        ):
+            raise ValueError(
+                "method='loo' leaves out images that the detector was fitted on; a "
+                "FrozenEstimator was fitted on others: take 'cv' or 'holdout'."
+            )
         reason = (
             final._why_not_leave_one_out()
             if isinstance(final, BaseDetector)
@@ -251,7 +261,8 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
     def _splits(self, groups):
         """Yield training and test rows of normal images; copies stay together."""
         if not isinstance(self.cv, Integral):
-            yield from self.cv.split(groups)
+            for train, test in self.cv.split(groups):
+                yield train[~np.isin(groups[train], groups[test])], test
             return
         folds = KFold(self.cv, shuffle=True, random_state=0)
         numbers, firsts = np.unique(groups, return_index=True)

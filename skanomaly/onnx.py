@@ -14,6 +14,7 @@ from ._fitting.files import replacing
 from ._fitting.loop import seeded_generator
 from ._fitting.persistence import as_fitted
 from ._typing import StrPath
+from ._validation import checked_offset
 from .base import BaseDetector
 from .calibration import ThresholdCalibrator
 
@@ -89,6 +90,7 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
         check_is_fitted(detector)
         detector = detector.estimator_
     _check(detector)
+    checked_offset(detector)  # warns
     onnx = _import_onnx()
     detector = copy.copy(detector).set_params(precision="float32", device="cpu")
     detector.network_ = copy.deepcopy(detector.network_).cpu()

@@ -2,9 +2,14 @@
 
 import functools
 import hashlib
+import threading
 
 import numpy as np
 import torch
+
+from .files import as_numpy
+
+_MOVING = threading.Lock()
 
 
 def resolve_device(device, X=None):
@@ -64,6 +69,24 @@ def is_there(device):
     # of other makers; "meta" and its like are no places to compute
     is_available = getattr(getattr(torch, device.type, None), "is_available", None)
     return is_available is not None and is_available()
+
+
+def move_network(network, device):
+    """Move a network to a device, if it is not there, by one thread at a time.
+
+    Others wait: none is to compute with half a network.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        The network, whose parameters are together before and afterwards.
+    device : torch.device
+        Where it is wanted.
+    """
+    with _MOVING:
+        here = next(network.parameters()).device
+        if here.type != device.type or device.index not in (None, here.index):
+            network.to(device)
 
 
 class ImageBatches:
@@ -145,11 +168,7 @@ def content_key(image):
     str
         The text.
     """
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        # NumPy knows no bfloat16
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    image = np.asanyarray(image)
+    image = as_numpy(image)
     digest = hashlib.sha256(repr((image.shape, image.dtype.str)).encode())
     digest.update(np.ascontiguousarray(image))
     return digest.hexdigest()[:32]

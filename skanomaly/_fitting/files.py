@@ -61,14 +61,14 @@ def replacing(path, what):
 
     Yields
     ------
-    io.BufferedWriter
-        Where to write.
+    object
+        Has the method ``write``.
     """
     path = Path(path)
     with named_write_errors(what):
         file = _new_temporary(path)
     try:
-        yield file
+        yield _NamedFile(file, what)
         with named_write_errors(what):
             file.flush()
             # else a power cut may leave the new name with the content of nothing
@@ -140,18 +140,28 @@ def remove_leftovers(folder):
                     path.unlink()
 
 
-class _Summed:
-    """A file that is written to, and the checksum of what went in."""
+class _NamedFile:
+    """A file that is written to, whose errors say what cannot be written."""
 
     def __init__(self, file, what):
         self.file = file
         self.what = what
+
+    def write(self, data):
+        with named_write_errors(self.what):
+            return self.file.write(data)
+
+
+class _SummedFile:
+    """A file that is written to, and the checksum of what went in."""
+
+    def __init__(self, file):
+        self.file = file
         self.checksum = 0
 
     def write(self, data):
         self.checksum = zlib.crc32(data, self.checksum)
-        with named_write_errors(self.what):
-            return self.file.write(data)
+        return self.file.write(data)
 
 
 @contextlib.contextmanager
@@ -173,7 +183,7 @@ def replacing_summed(path, what):
         Has the method ``write``.
     """
     with replacing(path, what) as file:
-        summed = _Summed(file, what)
+        summed = _SummedFile(file)
         yield summed
         summed.write(summed.checksum.to_bytes(SUM_BYTES, "little"))
 
@@ -271,6 +281,15 @@ def _compare_once(file, status):
         _compared.add(state)
 
 
+def as_numpy(values):
+    """Return the numbers of a tensor, or of what NumPy takes, as an array."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # NumPy knows no bfloat16
+        return (values.float() if values.is_floating_point() else values).numpy()
+    return np.asanyarray(values)
+
+
 def content_checksum(array):
     """Return a checksum of the numbers in an array or tensor, read in batches."""
     array = array if isinstance(array, torch.Tensor) else np.asanyarray(array)
@@ -278,11 +297,10 @@ def content_checksum(array):
         repr((tuple(array.shape), str(array.dtype).removeprefix("torch."))).encode()
     )
     if array.ndim == 0:
-        return zlib.crc32(np.asarray(array).tobytes(), checksum)
+        return zlib.crc32(as_numpy(array).tobytes(), checksum)
     row_bytes = max(1, array[:1].nbytes)
     for rows in gen_batches(len(array), max(1, BATCH_BYTES // row_bytes)):
-        part = array[rows]
-        part = part.cpu().numpy() if isinstance(part, torch.Tensor) else part
+        part = as_numpy(array[rows])
         # numbers that lie apart, such as a column, are copied a batch at a time
         checksum = zlib.crc32(np.ascontiguousarray(part).tobytes(), checksum)
     return checksum

@@ -383,7 +383,7 @@ class _Steps:
         self.samples = samples
         self.losses = losses
         self.optimizers = optimizers
-        self.batch_size = batch_size
+        self.batch_size = int(batch_size)  # torch takes none of NumPy's integers
         self.precision = precision
         self.seed = seed
         self.processes = Processes()

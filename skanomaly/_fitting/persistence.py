@@ -1,5 +1,6 @@
 """How fitted estimators with networks go into files and come back."""
 
+import contextlib
 import copy
 import os
 import warnings
@@ -15,7 +16,6 @@ from .. import version
 # of a fit, but of no use in another process
 NOT_IN_FILES = ("_optimizers", "_has_shared_weights")
 # parameters that change no result but by rounding
-OF_SCIKIT_LEARN = ("_sklearn_output_config", "_metadata_request", "_sklearn_version")
 HOW_TO_COMPUTE = ("batch_size", "device", "precision", "verbose")
 
 
@@ -60,9 +60,11 @@ def _copy_with(estimator, attributes):
 
 def is_other(value, known):
     """Return whether a parameter is another one than a plain value that is known."""
-    differs = value != known
-    # the comparison of an array is one, too
-    return not isinstance(differs, (bool, np.bool_)) or bool(differs)
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        differs = value != known
+        if isinstance(differs, (bool, np.bool_)):
+            return bool(differs)
+    return True  # the comparison of an array is one, or fails
 
 
 def as_fitted(estimator):
@@ -97,8 +99,27 @@ def as_fitted(estimator):
     fitted = _copy_with(
         estimator, {name: built_from[name] for name in changed if name not in taken}
     )
-    fitted._check_settings()
+    if not set(changed) <= set(HOW_TO_COMPUTE):
+        fitted._check_settings()
     return fitted
+
+
+@contextlib.contextmanager
+def unchanged_if_refused(estimator):
+    """Let an estimator be what it was, if a ``with`` block raises.
+
+    Parameters
+    ----------
+    estimator : BaseEstimator
+        The estimator.
+    """
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
 
 
 class PersistentNetwork:
@@ -110,12 +131,18 @@ class PersistentNetwork:
     ``_built_from`` the parameters that this reads.
     """
 
+    # parameters that are taken as they are now; beside what says how to compute, all
+    # others are those of the fit
+    _judged_by: tuple[str, ...] = ()
+    # private attributes that a fit leaves
+    _kept_names: tuple[str, ...] = ("_seed", "_built_from", "_value_range")
+
+    def _check_settings(self):
+        """Raise if parameters do not fit each other or the images."""
+
     def _validate_params(self):
         super()._validate_params()
         _check_numbers(self)
-
-    # private attributes that a fit leaves
-    _kept_names: tuple[str, ...] = ("_seed", "_built_from", "_value_range")
 
     def __getstate__(self):
         state = {
@@ -143,9 +170,9 @@ class PersistentNetwork:
                 "not what was saved."
             )
         changes = [
-            f"{package} {version} (now {_versions()[package]})"
+            f"{package} {version} (now {_versions().get(package)})"
             for package, version in saved_by.items()
-            if version != _versions()[package]
+            if version != _versions().get(package)
         ]
         if changes:
             warnings.warn(
@@ -158,21 +185,17 @@ class PersistentNetwork:
             self._restore_network(state["network_"])
 
     def _refuse_foreign(self, state):
-        """Raise if a file holds what no estimator of the class has written.
+        """Raise if an attribute would take the place of a method, or can be called.
 
-        An attribute may not take the place of a method, and none is called.
+        Other names do no harm: they may be a user's notes.
         """
-        known = {*self._get_param_names(), *self._kept_names, *OF_SCIKIT_LEARN}
+        known = {*self._get_param_names(), *self._kept_names}
         for name, value in state.items():
-            is_known = name in known or (
-                name.endswith("_")
-                and not name.startswith("_")
-                and not callable(getattr(type(self), name, None))
-            )
-            if not is_known or callable(value):
+            is_shadow = name not in known and hasattr(type(self), name)
+            if is_shadow or name.startswith("__") or callable(value):
                 raise ValueError(
                     f"The file of this {type(self).__name__} holds {name!r}, which is "
-                    "not of its making: do not use it unless you know who wrote it."
+                    "not of its making and could be called: do not use it."
                 )
 
     def _restore_network(self, arrays):
@@ -182,7 +205,7 @@ class PersistentNetwork:
         tensors = {name: _to_tensor(array) for name, array in arrays.items()}
         network.load_state_dict(tensors, assign=True)
         self.network_ = channels_last(network).eval()
-        if not all(array.flags.writeable for array in arrays.values()):
+        if any(is_mapped(array) for array in arrays.values()):
             self._has_shared_weights = True
 
     def _own_weights(self):
@@ -205,7 +228,8 @@ def _check_numbers(estimator):
             problem = f"may overflow in what is computed of it: int({name})"
         elif (
             isinstance(value, (bool, np.bool_))
-            and "boolean" not in estimator._parameter_constraints[name]
+            and not {"boolean", bool}
+            & set(estimator._parameter_constraints.get(name, [bool]))
             and name != "verbose"
         ):
             problem = "must be a number, not a boolean"
@@ -232,8 +256,17 @@ def _leaves(value, path=()):
         yield path, len(value)
         for number, item in enumerate(value):
             yield from _leaves(item, (*path, number))
+    elif isinstance(value, np.ndarray) and value.dtype.hasobject:
+        yield from _leaves(value.tolist(), path)
+    elif type(value).__module__.startswith(f"{__name__.partition('.')[0]}."):
+        yield from _leaves(vars(value), path)
     else:
         yield path, value
+
+
+def is_mapped(array):
+    """Return whether an array lies in a file, or may not be written to."""
+    return isinstance(array, np.memmap) or not array.flags.writeable
 
 
 def _checksum(state):

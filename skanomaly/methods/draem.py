@@ -352,6 +352,12 @@ class DRAEM(NetworkDetector):
                 f"textures has shape {textures.shape}; it must hold images "
                 "(n, h, w, c) or (n, h, w)."
             )
+        low, high = textures.min(), textures.max()
+        if textures.dtype != np.uint8 and not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"textures holds values from {low:g} to {high:g}; it must hold uint8, "
+                "or numbers in [0, 1]."
+            )
         return textures
 
     def _load_textures(self, sources, generator):

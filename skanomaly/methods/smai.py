@@ -237,7 +237,7 @@ class SMAI(NetworkDetector):
         segments = torch.cat([s for _, s in self._in_batches(images, self._segments)])
         samples = Samples(images, notes=segments.int(), device=images.device)
         self._train(samples, progress)
-        known = iter(segments.split(self.batch_size))
+        known = iter(segments.split(int(self.batch_size)))
 
         def judge(batch, **wanted):
             return self._judge(batch, segments=next(known), **wanted)

@@ -214,7 +214,8 @@ class SPADE(BaseDetector):
     )
 
     def _why_no_maps(self):
-        if self.gallery_size:
+        of_the_fit = getattr(self, "_built_from", {})
+        if of_the_fit.get("gallery_size", self.gallery_size):
             return None
         return "gallery_size=0 keeps no features to localize with"
 
@@ -248,6 +249,13 @@ class SPADE(BaseDetector):
                 f"X is refused: Found array with {len(X)} sample(s) (shape={X.shape}) "
                 f"while a minimum of {2 if reset else 1} is required by SPADE."
             )
+        for name in X.dtype.names:
+            field = X.dtype[name]
+            if X.ndim != 1 or field.base.kind != "f" or len(field.shape) != 3:
+                raise ValueError(
+                    f"X has shape {X.shape} and a field {name!r} of {field}, but SPADE "
+                    "wants features (n,) whose fields are floats (h, w, c)."
+                )
         if not all(np.isfinite(x[n]).all() for x in X for n in X.dtype.names):
             raise ValueError("Input X contains NaN or infinity, which SPADE refuses.")
         shapes = {name: X.dtype[name].shape for name in X.dtype.names}
@@ -299,7 +307,7 @@ class SPADE(BaseDetector):
                 )
                 for layer, gallery in self.gallery_.items()
             }
-        return self._leave_one_out(self._some_rows())
+        return self._leave_one_out(self._some_rows(), images.device)
 
     def _store_features(self, images):
         """Fill embeddings and gallery; each process computes its share of them."""
@@ -394,7 +402,7 @@ class SPADE(BaseDetector):
             return "it searches exactly, but algorithm='nndescent' does not"
         return None
 
-    def _leave_one_out(self, rows=None):
+    def _leave_one_out(self, rows=None, device=None):
         """Return degrees and maxima of the maps of the training images, as if new.
 
         Maps are those of some rows, by default of all.
@@ -404,7 +412,8 @@ class SPADE(BaseDetector):
         degrees = distances.mean(dim=1).double().numpy()
         if not self.gallery_size:
             return degrees, None
-        peaks = self._leave_one_out_peaks(everything if rows is None else rows)
+        rows = everything if rows is None else rows
+        peaks = self._leave_one_out_peaks(rows, device or resolve_device(self.device))
         return peaks if self.image_score == "max" else degrees, peaks
 
     def _some_rows(self):
@@ -431,10 +440,9 @@ class SPADE(BaseDetector):
         order = is_copy.long().argsort(dim=1, stable=True)[:, :n_neighbors]
         return distances.gather(1, order), neighbors.gather(1, order)
 
-    def _leave_one_out_peaks(self, rows):
+    def _leave_one_out_peaks(self, rows, device):
         """Return the maxima of the maps of some training images without themselves."""
         _, neighbors = self._other_images(rows, max(self.gallery_size, 1))
-        device = resolve_device(self.device)
         peaks = []
         for row, others in zip(rows, neighbors, strict=True):
             features = {

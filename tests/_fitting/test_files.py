@@ -28,10 +28,9 @@ def test_the_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with replacing(path, "file") as file:
-        file.write(b"new")
-        file.flush()
+        file.write(b"new" * 100_000)  # more than a buffer holds
         assert path.read_text() == "old"
-    assert path.read_text() == "new"
+    assert path.read_text() == "new" * 100_000
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -46,7 +45,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 @POSIX
-def test_a_full_disk_is_named(tmp_path):
+@pytest.mark.parametrize("n_bytes", [1000, 1_000_000])  # less and more than a buffer
+def test_a_full_disk_is_named(n_bytes, tmp_path):
     import resource
 
     path = tmp_path / "file"
@@ -58,7 +58,7 @@ def test_a_full_disk_is_named(tmp_path):
             pytest.raises(OSError, match=r"memory: 'a' cannot be written \(File too"),
             replacing(path, "memory: 'a'") as file,
         ):
-            file.write(bytes(1000))
+            file.write(bytes(n_bytes))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "old"
