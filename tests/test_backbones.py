@@ -729,3 +729,16 @@ def test_later_layers_do_not_overwrite_features(name, layers):
 def test_networks_that_are_no_chain_are_refused(name):
     with pytest.raises(ValueError, match="children form a chain"):
         Backbone(name, ("features",))
+
+
+def test_features_are_filed_under_the_layers_they_are_of(tmp_path, random_images):
+    X = random_images(3, 32, 32, 3)
+    settings = {"backbone": "resnet18", "weights": None, "random_state": 0}
+    settings["memory"] = tmp_path
+    both = BackboneFeatures(layers=("layer1", "layer2"), **settings).fit(X)
+    expected = BackboneFeatures(layers=("layer2",), **settings).fit(X)
+    changed = both.set_params(layers=("layer2",)).transform(X)
+    assert changed.dtype.names == ("layer1", "layer2")  # those of the fit
+    assert expected.transform(X).dtype.names == ("layer2",)
+    with pytest.raises(ValueError, match="precision"):
+        both.set_params(precision="float16").transform(X)

@@ -1,10 +1,15 @@
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import torch
+from pretend_device import PretendDevice
 
+from skanomaly._fitting import batches
 from skanomaly._fitting.batches import resolve_device
 from skanomaly._fitting.loop import seeded
 from skanomaly._validation import check_images
@@ -348,3 +353,68 @@ def test_the_device_of_a_tensor_is_taken_unless_one_is_named():
         for name in ("cuda", "cuda:1", "mps"):
             with pytest.raises(ValueError, match=f"device='{name}'.*no such device"):
                 resolve_device(name)
+
+
+# What a refused fit, and a file, leave behind
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"), [((24, 24, 1), ["a"] * 12), ((24, 24, 1), [1])]
+)
+def test_a_fit_that_refuses_leaves_the_estimator_as_it_was(
+    images, labels, detector, random_images
+):
+    X = random_images(12, 16, 20, 1)
+    model = detector().fit(X)
+    before = pickle.dumps(model)
+    with pytest.raises(ValueError, match="y "):
+        model.fit(random_images(12, *images), labels)
+    assert pickle.dumps(model) == before
+
+
+@pytest.mark.parametrize("mode", ["r+", "c", "r"])
+def test_a_warm_start_does_not_write_into_a_mapped_file(mode, small, tmp_path, X):
+    path = tmp_path / "detector.joblib"
+    joblib.dump(small("Autoencoder", warm_start=True).fit(X), path)
+    content = path.read_bytes()
+    joblib.load(path, mmap_mode=mode).fit(X)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("fitted_on", "asked"),
+    [
+        (lambda X: (X - 0.45) / 0.22, lambda X: X),
+        (lambda X: 2 * X - 1, lambda X: X),
+        (lambda X: 16 * X, lambda X: X),
+        (lambda X: 255 * X, lambda X: X),
+        (lambda X: 255 * X, lambda X: (255 * X).astype(np.uint8)),
+    ],
+)
+def test_another_scale_than_that_of_the_fit_warns(fitted_on, asked, small, X):
+    with pytest.warns(UserWarning, match="taken to lie in"):
+        model = small("Autoencoder").fit(fitted_on(X))
+    with pytest.warns(UserWarning, match="X holds.*was fitted on values"):
+        model.score_samples(asked(X))
+
+
+def test_textures_on_another_scale_are_refused(small, X):
+    with pytest.raises(ValueError, match=r"textures holds values from 0 to 255"):
+        small("DRAEM", textures=np.tile([0, 255], (4, 16, 8))).fit(X)
+
+
+def test_threads_see_a_network_on_one_device_only(small, X, monkeypatch):
+    """Threads that ask for tensors of another device wait until all of it is there."""
+    model = small("Autoencoder", device="auto").fit(X)
+    expected = model.score_samples(X)
+    monkeypatch.setattr(batches, "is_there", lambda device: True)
+    model.set_params(device="cuda")
+
+    def score(number):
+        with PretendDevice():
+            return model.score_samples(X)
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(score, range(8)):
+            np.testing.assert_array_equal(found, expected)
+    assert next(model.network_.parameters()).device.type == "cuda"

@@ -364,3 +364,23 @@ def test_copies_are_counted():
     with pytest.warns(UserWarning, match="30 of the 60 training images are copies"):
         calibrator.fit(X)
     assert len(calibrator.calibration_scores_) == 30
+
+
+def test_frozen_detectors_are_not_left_out_one_by_one():
+    X = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    detector = SPADE(backbone="resnet18", weights=None, gallery_size=0).fit(X[:6])
+    before = detector.offset_
+    for frozen in (
+        FrozenEstimator(detector),
+        make_pipeline(ResizeImages(size=16), FrozenEstimator(detector)),
+    ):
+        with pytest.raises(ValueError, match=r"method='loo'.*FrozenEstimator"):
+            ThresholdCalibrator(frozen, method="loo").fit(X[6:])
+    assert detector.offset_ == before
+
+
+@pytest.mark.filterwarnings("ignore:.*are copies of others")
+def test_a_splitter_of_ones_own_keeps_copies_together():
+    X = column(np.repeat(np.arange(30), 2))
+    calibrator = ThresholdCalibrator(Brightness(), false_positive_rate=0.2, cv=KFold(6))
+    assert len(calibrator.fit(X).calibration_scores_) == 30

@@ -431,3 +431,12 @@ def test_a_refit_on_features_forgets_the_network(tmp_path, random_images, small)
     np.testing.assert_array_equal(
         loaded.score_samples(features), spade.score_samples(features)
     )
+
+
+def test_the_gallery_of_the_fit_decides_on_maps():
+    X = random_features(12)
+    without = precomputed(gallery_size=0).fit(X).set_params(gallery_size=5)
+    assert not hasattr(without, "localize")
+    full = precomputed(gallery_size=5).fit(X)
+    expected = full.localize(X)
+    assert_array_equal(full.set_params(gallery_size=0).localize(X), expected)
