@@ -17,7 +17,9 @@ from .methods.draem import DRAEM
 from .methods.intra import InTra
 from .methods.memae import MemAE
 from .methods.mnad import MNAD
+from .methods.patch_svdd import PatchSVDD
 from .methods.pnet import PNet
+from .methods.puzzle_ae import PuzzleAE
 from .methods.riad import RIAD
 from .methods.scadn import SCADN
 from .methods.smai import SMAI
@@ -29,6 +31,8 @@ __all__ = [
     # detectors on pretrained features
     "DifferNet",
     "SPADE",
+    # a detector on features of its own
+    "PatchSVDD",
     # detectors that reconstruct
     "Autoencoder",
     "VariationalAutoencoder",
@@ -36,6 +40,7 @@ __all__ = [
     "MemAE",
     "MNAD",
     "PNet",
+    "PuzzleAE",
     # detectors that inpaint
     "InTra",
     "RIAD",

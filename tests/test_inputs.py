@@ -618,8 +618,10 @@ OTHER_SEQUENCES = {
     "layers": ("stage3",),
     "opacity": (0.2, 0.9),
     "ssim_constants": (1.0, 2.0),
+    "strides": (4, 4),
     "stripes": (2,),
     "structure_source": ("images", "masks"),
+    "zoom": (1.5, 2.0),
     "image_shape": (4, 4),
 }
 
@@ -674,7 +676,9 @@ JUDGES = {
     "MNAD": {"score_weight": 0.1, "update_at_test": True, "update_threshold": 1.0},
     "InTra": {"reference": "none", "smoothing_size": 200},
     "SMAI": {"n_segments": 4, "compactness": 1e-3, "smoothing_size": 200},
+    "PatchSVDD": {"combination": "sum"},
     "PNet": {"score_weight": 0.1},
+    "PuzzleAE": {"image_score": "max", "smoothing_size": 200},
     "SCADN": {"image_score": "max", "smoothing_size": 200},
     "DeScarGAN": {"image_score": "map"},
 }

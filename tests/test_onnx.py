@@ -29,6 +29,8 @@ EXPORTABLE = [
     ("Autoencoder", {"loss": "l2", "patch_size": 36}),
     ("VariationalAutoencoder", {}),
     ("MemAE", {}),
+    ("PatchSVDD", {}),
+    ("PuzzleAE", {}),
     ("MNAD", {}),
     ("DRAEM", {}),
     ("RIAD", {"cell_sizes": (4,), "n_masks": 2}),
