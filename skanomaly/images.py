@@ -71,6 +71,8 @@ _WAY_OUT = (
     "If the file is not a trap, crop or shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS."
 )
 
+# numbers of tags in TIFFs
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANES = 258, 262, 284
 _VALUES_PER_BATCH = 2**24
 _SIZE_CONSTRAINT = [Interval(Integral, 1, None, closed="left"), tuple, list]
 
@@ -214,6 +216,7 @@ def read_image(
 def _read(path, size, mode, max_value):
     """Return the image, and the largest value of a file of 16 bits or None."""
     with open_image(path) as file:
+        _refuse_what_is_misread(file)
         halved = file.mode.startswith("RGB") and _RAW_16_BITS.search(str(file.tile))
         if halved and max_value is not None:
             raise ValueError(
@@ -303,6 +306,24 @@ def _check_n_pixels(image):
         raise ValueError(
             f"its header promises {image.width} x {image.height} = {n_pixels} pixels, "
             f"more than PIL.Image.MAX_IMAGE_PIXELS = {most}. {_WAY_OUT}"
+        )
+
+
+def _refuse_what_is_misread(image):
+    """Raise for TIFFs of more than 8 bits whose pixels Pillow gets wrong."""
+    tags = getattr(image, "tag_v2", {})
+    bits, of_white_is_zero = tags.get(TIFF_BITS, (1,)), tags.get(TIFF_PHOTOMETRIC) == 0
+    if max(bits) <= 8:
+        return
+    if len(bits) > 1 and tags.get(TIFF_PLANES) == 2:
+        raise ValueError(
+            "its colours of 16 bits lie in separate planes, which Pillow mixes up; "
+            "save them together (planarconfig='contig')"
+        )
+    if of_white_is_zero:
+        raise ValueError(
+            "in it 0 is white (photometric 'miniswhite'), which Pillow passes over in "
+            "16 bits; save it with 0 for black"
         )
 
 

@@ -14,7 +14,7 @@ from ._fitting.files import replacing
 from ._fitting.loop import seeded_generator
 from ._fitting.persistence import as_fitted
 from ._typing import StrPath
-from ._validation import checked_offset
+from ._validation import ValueRange, checked_offset
 from .base import BaseDetector
 from .calibration import ThresholdCalibrator
 
@@ -47,8 +47,9 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
     TypeError
         If the estimator is no detector, or of a method that a fixed graph cannot hold.
     ValueError
-        If `batch_size` is no positive integer, the detector learned from clips, or its
-        network and gallery exceed 2 GiB.
+        If `batch_size` is no positive integer, the detector learned from clips or from
+        images on another scale than uint8 or [0, 1], or its network and gallery exceed
+        2 GiB.
     FileNotFoundError
         If the folder of `path` does not exist.
     ImportError
@@ -137,6 +138,12 @@ def _check(detector):
         raise TypeError(f"{name} cannot be exported: {reason}.")
     if detector._clip_length is not None:
         raise ValueError(f"{name} has learned from clips; export takes images only.")
+    seen = ValueRange(*detector._value_range)
+    if not seen.is_unit:
+        raise ValueError(
+            f"{name} was fitted on {seen}, but an exported file takes bytes and "
+            "divides them by 255: fit it on uint8, or on numbers in [0, 1]."
+        )
 
 
 def _check_size(detector, graph):

@@ -709,3 +709,23 @@ def test_images_stay_on_the_gpu():
     assert_allclose(
         resized.cpu().int(), ResizeImages(size=4).fit_transform(X).astype(int), atol=1
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"photometric": "rgb", "planarconfig": "separate"}, "separate planes"),
+        ({"photometric": "miniswhite"}, "0 is white"),
+    ],
+)
+def test_tiffs_that_pillow_misreads_are_refused(settings, message, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    shape = (3, 8, 9) if message == "separate planes" else (8, 9)
+    for dtype, is_read in ((np.uint16, False), (np.uint8, True)):
+        path = tmp_path / f"{np.dtype(dtype).name}.tif"
+        tifffile.imwrite(path, np.zeros(shape, dtype), **settings)
+        if is_read:
+            assert LoadImages().transform([path]).shape == (1, 8, 9, 3)
+            continue
+        with pytest.raises(OSError, match=rf"{path.name}.*{message}"):
+            LoadImages().transform([path])

@@ -120,6 +120,14 @@ def test_what_cannot_be_exported_says_why(tmp_path, small):
     assert path.read_text() == "old"
 
 
+@pytest.mark.filterwarnings("ignore:X holds values")
+@pytest.mark.parametrize("scale", [1.0, 257.0])
+def test_a_detector_of_another_scale_is_refused(scale, small, tmp_path):
+    detector = small("Autoencoder").fit(scale * images(6))
+    with pytest.raises(ValueError, match=r"was fitted on values up to.*takes bytes"):
+        export(detector, tmp_path / "detector.onnx")
+
+
 def test_draws_outside_are_not_touched(tmp_path, small):
     X = images(6, size=32)
     detector = small(VariationalAutoencoder)
