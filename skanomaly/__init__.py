@@ -14,6 +14,7 @@ from .methods.autoencoder import Autoencoder, VariationalAutoencoder
 from .methods.descargan import DeScarGAN
 from .methods.differnet import DifferNet
 from .methods.draem import DRAEM
+from .methods.fcdd import FCDD
 from .methods.intra import InTra
 from .methods.memae import MemAE
 from .methods.mnad import MNAD
@@ -31,7 +32,8 @@ __all__ = [
     # detectors on pretrained features
     "DifferNet",
     "SPADE",
-    # a detector on features of its own
+    # detectors on features of their own
+    "FCDD",
     "PatchSVDD",
     # detectors that reconstruct
     "Autoencoder",

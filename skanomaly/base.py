@@ -67,8 +67,8 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
             Training images, uint8 in [0, 255] or real numbers in [0, 1].
         y : array-like of shape (n,) or (n, H, W), default=None
             Labels, +1 for normal and -1 for anomalous images, or masks, True where
-            anomalous. Anomalous images are left out of the training, but by DeScarGAN,
-            which learns from both and needs `y`.
+            anomalous. Anomalous images are left out of the training, but by FCDD and
+            DeScarGAN, which learn from both; the latter needs `y`.
 
         Returns
         -------

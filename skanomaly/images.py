@@ -110,6 +110,86 @@ def image_files(folder: StrPath, *, recursive: bool = False) -> list[Path]:
     return images
 
 
+def check_pictures(name: str, pictures: Any) -> list[Path] | NDArray[Any]:
+    """Find the pictures that an argument names or holds.
+
+    Parameters
+    ----------
+    name : str
+        Name of the argument; stands in the errors.
+    pictures : array-like of shape (n, h, w, c) or (n, h, w), str or path-like
+        Pictures, or a folder that is searched for image files.
+
+    Returns
+    -------
+    list of pathlib.Path or numpy.ndarray
+        The files, or the pictures: uint8, or numbers in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If there is no picture, or if an array has another shape or range.
+    """
+    if isinstance(pictures, (str, os.PathLike)):
+        folder = Path(pictures)
+        files = image_files(folder, recursive=True) if folder.is_dir() else []
+        if not files:
+            raise ValueError(f"{name}={str(pictures)!r} holds no image file.")
+        return files
+    pictures = np.asarray(pictures)
+    if pictures.ndim not in (3, 4) or len(pictures) == 0:
+        raise ValueError(
+            f"{name} has shape {pictures.shape}; it must hold images (n, h, w, c) or "
+            "(n, h, w)."
+        )
+    low, high = pictures.min(), pictures.max()
+    if pictures.dtype != np.uint8 and not 0 <= low <= high <= 1:
+        raise ValueError(
+            f"{name} holds values from {low:g} to {high:g}; it must hold uint8, or "
+            "numbers in [0, 1]."
+        )
+    return pictures
+
+
+def some_pictures(
+    sources: list[Path] | NDArray[Any],
+    image_shape: tuple[int, int, int],
+    *,
+    most: int,
+    generator: torch.Generator,
+) -> NDArray[np.uint8]:
+    """Take pictures of any size in the shape of a detector's images.
+
+    Parameters
+    ----------
+    sources : list of pathlib.Path or numpy.ndarray
+        What `check_pictures` returns.
+    image_shape : tuple of int
+        Height, width and number of channels.
+    most : int
+        Largest number of pictures; of more, so many are drawn.
+    generator : torch.Generator
+        What is drawn from.
+
+    Returns
+    -------
+    numpy.ndarray of shape (m, H, W, C)
+        The pictures, uint8. If they have another number of channels, each gets the
+        mean of theirs.
+    """
+    *size, channels = image_shape
+    chosen = torch.randperm(len(sources), generator=generator)[:most]
+    if isinstance(sources, list):
+        pictures = LoadImages(size=size).transform([sources[i] for i in chosen])
+    else:
+        pictures = ResizeImages(size=size).fit_transform(sources[chosen.numpy()])
+    if pictures.dtype != np.uint8:
+        pictures = 255 * pictures.clip(0, 1)
+    if pictures.shape[3] != channels:
+        pictures = pictures.mean(axis=3, keepdims=True).repeat(channels, axis=3)
+    return np.rint(pictures).astype(np.uint8)
+
+
 def find_images(
     folder: StrPath, *, recursive: bool = False
 ) -> tuple[list[Path], list[Path]]:

@@ -73,7 +73,8 @@ def public_classes(base):
 
 
 DETECTORS = public_classes(BaseDetector)
-UNSUPERVISED = [cls for cls in DETECTORS if cls is not skanomaly.DeScarGAN]
+LEARN_FROM_ANOMALIES = skanomaly.DeScarGAN, skanomaly.FCDD
+UNSUPERVISED = [cls for cls in DETECTORS if cls not in LEARN_FROM_ANOMALIES]
 NETWORK_DETECTORS = public_classes(NetworkDetector)
 TRANSFORMERS = public_classes(TransformerMixin)
 

@@ -677,6 +677,7 @@ JUDGES = {
     "InTra": {"reference": "none", "smoothing_size": 200},
     "SMAI": {"n_segments": 4, "compactness": 1e-3, "smoothing_size": 200},
     "PatchSVDD": {"combination": "sum"},
+    "FCDD": {"sigma": 50.0, "image_score": "max"},
     "PNet": {"score_weight": 0.1},
     "PuzzleAE": {"image_score": "max", "smoothing_size": 200},
     "SCADN": {"image_score": "max", "smoothing_size": 200},

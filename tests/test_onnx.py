@@ -31,6 +31,7 @@ EXPORTABLE = [
     ("MemAE", {}),
     ("PatchSVDD", {}),
     ("PuzzleAE", {}),
+    ("FCDD", {}),
     ("MNAD", {}),
     ("DRAEM", {}),
     ("RIAD", {"cell_sizes": (4,), "n_masks": 2}),

@@ -10,9 +10,7 @@ import itertools
 import os
 from functools import partial
 from numbers import Integral, Real
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.utils._param_validation import Interval
@@ -31,7 +29,7 @@ from .._tensors.synthesis import (
     uniform,
 )
 from ..base import NetworkDetector
-from ..images import LoadImages, ResizeImages, image_files
+from ..images import check_pictures, some_pictures
 
 IMAGE_ROTATION_PROBABILITY = 0.3
 MAX_TEXTURES = 500
@@ -327,55 +325,25 @@ class DRAEM(NetworkDetector):
             )
 
     def _learn(self, images, labels, progress):
-        sources = self._texture_sources()
+        sources = self.textures
+        if sources is not None:
+            sources = check_pictures("textures", sources)
         self._begin(images.device, progress)
         textures = self._load_textures(sources, seeded_generator(self._seed))
         losses = partial(self._losses, textures=textures)
         self._train(Samples(images, device=images.device), progress, losses=losses)
         return self._evaluate(images, maps_wanted=True)
 
-    def _texture_sources(self):
-        """Return the files, or an array of images, that textures are taken from."""
-        if self.textures is None:
-            return None
-        if isinstance(self.textures, (str, os.PathLike)):
-            folder = Path(self.textures)
-            files = image_files(folder, recursive=True) if folder.is_dir() else []
-            if not files:
-                raise ValueError(
-                    f"textures={str(self.textures)!r} holds no image file."
-                )
-            return files
-        textures = np.asarray(self.textures)
-        if textures.ndim not in (3, 4) or len(textures) == 0:
-            raise ValueError(
-                f"textures has shape {textures.shape}; it must hold images "
-                "(n, h, w, c) or (n, h, w)."
-            )
-        low, high = textures.min(), textures.max()
-        if textures.dtype != np.uint8 and not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"textures holds values from {low:g} to {high:g}; it must hold uint8, "
-                "or numbers in [0, 1]."
-            )
-        return textures
-
     def _load_textures(self, sources, generator):
         """Return textures (n, c, h, w), uint8, in the images' size."""
-        *size, channels = self.image_shape_
         if sources is None:
+            *size, channels = self.image_shape_
             shape = PROCEDURAL_TEXTURES, channels, *size
             return procedural_textures(*shape, generator=generator)
-        chosen = torch.randperm(len(sources), generator=generator)[:MAX_TEXTURES]
-        if isinstance(sources, list):
-            textures = LoadImages(size=size).transform([sources[i] for i in chosen])
-        else:
-            textures = ResizeImages(size=size).fit_transform(sources[chosen.numpy()])
-        if textures.dtype != np.uint8:
-            textures = 255 * textures.clip(0, 1)
-        if textures.shape[3] != channels:
-            textures = textures.mean(axis=3, keepdims=True).repeat(channels, axis=3)
-        return torch.from_numpy(textures.astype(np.uint8)).permute(0, 3, 1, 2)
+        textures = some_pictures(
+            sources, self.image_shape_, most=MAX_TEXTURES, generator=generator
+        )
+        return torch.from_numpy(textures).permute(0, 3, 1, 2)
 
     def _synthesize(self, images, textures, generator):
         """Return rotated images, corrupted images and masks of what was corrupted."""
