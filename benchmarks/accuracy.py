@@ -30,6 +30,7 @@ from sklearn.metrics import roc_auc_score
 
 from skanomaly import (
     DRAEM,
+    FCDD,
     MNAD,
     RIAD,
     SCADN,
@@ -39,7 +40,9 @@ from skanomaly import (
     DifferNet,
     InTra,
     MemAE,
+    PatchSVDD,
     PNet,
+    PuzzleAE,
     VariationalAutoencoder,
 )
 from skanomaly._fitting.batches import degrees_and_peaks
@@ -96,10 +99,13 @@ METHODS = {
     "autoencoder": Autoencoder,
     "differnet": DifferNet,
     "draem": DRAEM,
+    "fcdd": FCDD,
     "intra": InTra,
     "memae": MemAE,
     "mnad": MNAD,
+    "patch_svdd": PatchSVDD,
     "pnet": PNet,
+    "puzzle_ae": PuzzleAE,
     "riad": RIAD,
     "scadn": SCADN,
     "smai": SMAI,

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from http.client import HTTPException
-from itertools import chain
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -584,9 +583,7 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         check_range(self, X, seen=self._value_range)
         images = ImageBatches(X, resolve_device(self.device, X))
         move_network(self.network_, images.device)
-        if self.memory is None:
-            return _collect(len(images), fitted._compute(images))
-        return fitted._remember(images)
+        return _collect(len(images), fitted._compute(images))
 
     def inverse_transform_maps(
         self, maps: ArrayLike, X: ArrayLike
@@ -615,14 +612,20 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
 
     def _compute(self, images):
         """Yield the features of one batch after the other."""
+        read = self.network_
+        if self.memory is not None:
+            read = FeatureMemory(self.memory, self.network_, self.precision, self.pool)
         for rows in gen_batches(len(images), self.batch_size):
             with torch.inference_mode(), autocast(images.device, self.precision):
-                features = self.network_(images[rows])
+                features = read(images[rows])
             yield self._to_records(features)
 
     def _to_records(self, features):
         if self.pool:
-            pooled = [maps.mean(dim=(2, 3)) for maps in features.values()]
+            pooled = [
+                values if values.ndim == 2 else values.mean(dim=(2, 3))
+                for values in features.values()
+            ]
             return torch.cat(pooled, dim=1).cpu().numpy()
         arrays = {
             layer: maps.permute(0, 2, 3, 1).cpu().numpy()
@@ -634,78 +637,114 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
             records[layer] = array
         return records
 
-    def _remember(self, images):
-        folder = Path(self.memory) / self._identity()
-        with named_write_errors(f"memory={os.fspath(self.memory)!r}"):
-            folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        rows_of = {}  # an image may come twice
-        for row, image in enumerate(images.array):
-            file = folder / f"{content_key(image)}.npy"
-            rows_of.setdefault(file, []).append(row)
-        result = _Rows(len(images))
-        missing, damaged = [], []
-        for file, rows in rows_of.items():
-            try:
-                result.put(rows, read_summed(file))
-            except FileNotFoundError:
-                missing.append(file)
-            except DamagedFileError as error:
-                damaged.append(f"{str(file)!r} ({error})")
-                missing.append(file)
+
+class FeatureMemory:
+    """A backbone that keeps what it has computed, in files by image and layer.
+
+    Parameters
+    ----------
+    folder : str or path
+        Where the files are; several processes may share it.
+    network : Backbone
+        The network.
+    precision : str
+        Precision that it computes in.
+    pool : bool, default=False
+        Whether the mean of each layer over all positions is wanted.
+
+    Notes
+    -----
+    The name of a file depends on the content of the image, the layer, the weights up
+    to there and the precision: networks that are cut off elsewhere share it.
+    """
+
+    def __init__(self, folder, network, precision, pool=False):
+        self.network = network
+        self.pool = pool
+        arrays = network_to_arrays(network.trunk)
+        self.folders = {
+            layer: Path(folder) / _identity(network, layer, arrays, precision, pool)
+            for layer in network.layers
+        }
+        with named_write_errors(f"memory={os.fspath(folder)!r}"):
+            for own in self.folders.values():
+                own.mkdir(parents=True, exist_ok=True)
+        for own in self.folders.values():
+            remove_leftovers(own)
+
+    def __call__(self, images):
+        """Return the features of images (b, c, h, w) by layer.
+
+        They have the shape (b, channels, rows, columns), or (b, channels) if pooled.
+        """
+        keys = [content_key(image) for image in images.cpu()]
+        damaged = []
+        found = {key: self._read(key, damaged) for key in dict.fromkeys(keys)}
         if damaged:
             warnings.warn(
                 f"memory: {len(damaged)} files are damaged, such as {damaged[0]}; "
                 "their features are computed anew.",
-                stacklevel=3,
+                stacklevel=2,
             )
+        missing = [key for key, features in found.items() if features is None]
         if missing:
-            unseen = np.array([rows_of[file][0] for file in missing])
-            unseen = ImageBatches(images.array, images.device, unseen)
-            files = iter(missing)
-            for record in chain.from_iterable(self._compute(unseen)):
-                file = next(files)
-                _save(file, record)
-                result.put(rows_of[file], record)
-        return result.array
+            features = self.network(images[[keys.index(key) for key in missing]])
+            for number, key in enumerate(missing):
+                own = {layer: values[number] for layer, values in features.items()}
+                found[key] = self._keep(key, own)
+        return {
+            layer: torch.from_numpy(np.stack([found[key][layer] for key in keys]))
+            .movedim(-1, 1)
+            .to(images.device)
+            for layer in self.folders
+        }
 
-    def _identity(self):
-        """Return a key of everything but the image that the features depend on."""
-        digest = hashlib.sha256(
-            repr(
-                (self.network_.stages, tuple(self.layers), self.pool, self.precision)
-            ).encode()
-        )
-        for name, array in network_to_arrays(self.network_).items():
-            digest.update(name.encode())
-            digest.update(array)
-        return f"{self.backbone}-{digest.hexdigest()[:24]}"
+    def _read(self, key, damaged):
+        """Return the features of an image by layer, or None if a file is missing."""
+        features = {}
+        for layer, folder in self.folders.items():
+            file = folder / f"{key}.npy"
+            try:
+                features[layer] = read_summed(file)
+            except FileNotFoundError:
+                return None
+            except DamagedFileError as error:
+                damaged.append(f"{str(file)!r} ({error})")
+                return None
+        return features
+
+    def _keep(self, key, features):
+        """Write the features (channels, rows, columns) of an image; return arrays."""
+        arrays = {}
+        for layer, values in features.items():
+            values = values.mean(dim=(1, 2)) if self.pool else values.permute(1, 2, 0)
+            arrays[layer] = values.contiguous().cpu().numpy()
+            file = self.folders[layer] / f"{key}.npy"
+            with replacing_summed(file, f"memory: {str(file)!r}") as stream:
+                np.save(stream, arrays[layer])
+        return arrays
 
 
-class _Rows:
-    """An array of length n, made when the first rows come in."""
+def _identity(network, layer, arrays, precision, pool):
+    """Return a key of everything but the image that the features of a layer depend on.
 
-    def __init__(self, n):
-        self.n = n
-        self.array = None
-
-    def put(self, rows, values):
-        if self.array is None:
-            shape = values.shape if isinstance(rows, list) else values.shape[1:]
-            self.array = np.empty((self.n, *shape), values.dtype)
-        self.array[rows] = values
+    The arrays are those of the whole trunk.
+    """
+    digest = hashlib.sha256(repr((layer, pool, precision)).encode())
+    with torch.device("meta"):
+        own = Backbone(network.name, (layer,)).trunk.state_dict()
+    for name in own:
+        digest.update(name.encode())
+        digest.update(arrays[name])
+    return f"{network.name.replace('/', '-')}-{layer}-{digest.hexdigest()[:24]}"
 
 
 def _collect(n, batches):
     """Gather batches of arrays in one array of length n."""
-    result, start = _Rows(n), 0
+    result, start = None, 0
     for batch in batches:
-        result.put(slice(start, start + len(batch)), batch)
+        if result is None:
+            result = np.empty((n, *batch.shape[1:]), batch.dtype)
+        result[start : start + len(batch)] = batch
         start += len(batch)
-    return result.array
-
-
-def _save(file, record):
-    """Write an array into a file that appears under its name only when complete."""
-    with replacing_summed(file, f"memory: {str(file)!r}") as stream:
-        np.save(stream, record)
+    return result
