@@ -1,0 +1,320 @@
+"""What the detectors on features of a pretrained network share."""
+
+import os
+from abc import abstractmethod
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from sklearn.utils._param_validation import Interval, StrOptions
+from tqdm.auto import tqdm
+
+from ._fitting.batches import move_network
+from ._fitting.loop import seeded
+from ._fitting.persistence import (
+    HOW_TO_COMPUTE,
+    as_fitted,
+    channels_last,
+    forget,
+    is_other,
+    unchanged_if_refused,
+)
+from ._tensors.filters import gaussian_blur
+from ._typing import Self, fit_context
+from ._validation import check_default_dtype, check_finite, check_range, warn_of_copies
+from .backbones import (
+    Backbone,
+    FeatureMemory,
+    check_channels,
+    layer_keys,
+    make_backbone,
+    standard_layers,
+)
+from .base import BaseDetector
+
+SIGMA_IMAGE_SIZE = 224
+TOP_SHARE = 0.01
+
+
+class FeatureDetector(BaseDetector):
+    """Base of the detectors that judge an image by the features of a frozen network.
+
+    Features are those of a backbone, or, with ``backbone="precomputed"``, what X holds.
+    """
+
+    _parameter_constraints = {
+        **BaseDetector._parameter_constraints,
+        "backbone": [str],
+        "layers": [tuple, list, None],
+        "weights": [str, os.PathLike, None],
+    }
+
+    _kept_names = (*BaseDetector._kept_names, "_stored_layers", "_feature_shapes")
+
+    @property
+    def _wanted_layers(self):
+        """Layers whose features are judged."""
+        if self.layers is not None:
+            return tuple(self.layers)
+        if self.backbone == "precomputed":
+            return tuple(self._feature_shapes)
+        return standard_layers(self.backbone)
+
+    def _build_network(self):
+        return Backbone(self.backbone, self._stored_layers)
+
+    def _check_X(self, X, *, reset):
+        structured = getattr(getattr(X, "dtype", None), "names", None) is not None
+        if structured != (self.backbone == "precomputed"):
+            raise ValueError(
+                f"backbone={self.backbone!r}, but X is "
+                + ("a" if structured else "not a")
+                + " structured array of features; backbone='precomputed' takes those "
+                "of BackboneFeatures."
+            )
+        return (
+            self._check_features(X, reset=reset)
+            if structured
+            else super()._check_X(X, reset=reset)
+        )
+
+    def _check_features(self, X, *, reset):
+        name = type(self).__name__
+        unknown = [layer for layer in self.layers or () if layer not in X.dtype.names]
+        if unknown:
+            raise ValueError(
+                f"layers={self.layers!r}: X has no field {unknown[0]!r}, but "
+                f"{', '.join(X.dtype.names)}."
+            )
+        if len(X) < (2 if reset else 1):
+            raise ValueError(
+                f"X is refused: Found array with {len(X)} sample(s) (shape={X.shape}) "
+                f"while a minimum of {2 if reset else 1} is required by {name}."
+            )
+        for layer in X.dtype.names:
+            field = X.dtype[layer]
+            if X.ndim != 1 or field.base.kind != "f" or len(field.shape) != 3:
+                raise ValueError(
+                    f"X has shape {X.shape} and a field {layer!r} of {field}, but "
+                    f"{name} wants features (n,) whose fields are floats (h, w, c)."
+                )
+        if not all(np.isfinite(x[n]).all() for x in X for n in X.dtype.names):
+            raise ValueError(f"Input X contains NaN or infinity, which {name} refuses.")
+        shapes = {layer: X.dtype[layer].shape for layer in X.dtype.names}
+        if reset:
+            self._feature_shapes = shapes
+            self.image_shape_ = max(
+                (shapes[layer] for layer in self._wanted_layers),
+                key=lambda s: s[0] * s[1],
+            )
+            self.n_features_in_ = sum(int(np.prod(s)) for s in shapes.values())
+        elif shapes != self._feature_shapes:
+            raise ValueError(
+                f"X holds features of the shapes {shapes}, but {name} was fitted on "
+                f"{self._feature_shapes}."
+            )
+        return X
+
+    def _check_settings(self):
+        if self.layers is not None and not self.layers:
+            raise ValueError(
+                f"layers is empty; {type(self).__name__} needs at least one layer."
+            )
+        if self.backbone != "precomputed":
+            check_channels(self)
+
+    def _load_backbone(self, images, *, with_last_stage=False):
+        """Make ``network_``, and note which layers there are."""
+        forget(self, "network_")
+        if self.backbone == "precomputed":
+            self._stored_layers = images.array.dtype.names
+            return
+        with seeded(self._seed):
+            network = make_backbone(
+                self.backbone,
+                self._wanted_layers,
+                self.weights,
+                with_last_stage=with_last_stage,
+            )
+        self.network_ = channels_last(network.to(images.device))
+        self._stored_layers = network.layers
+
+    def _features(self, images):
+        """Return features (b, c, h, w) of images by layer."""
+        return images if self.backbone == "precomputed" else self.network_(images)
+
+
+class PatchwiseDetector(FeatureDetector):
+    """Base of the detectors that judge each cell of a grid of features by itself.
+
+    A method writes ``_patches(images)`` beside ``_fit`` and ``_judge``.
+    """
+
+    _parameter_constraints = {
+        **FeatureDetector._parameter_constraints,
+        "memory": [str, os.PathLike, None],
+        "sigma": [Interval(Real, 0, 1000, closed="both")],
+    }
+
+    _kept_names = (*FeatureDetector._kept_names, "_layer_keys")
+    _judged_by: tuple[str, ...] = ("sigma",)
+
+    @abstractmethod
+    def _patches(self, images):
+        """Return the features of patches: (b, rows, columns, d)."""
+
+    def _load_backbone(self, images):
+        super()._load_backbone(images)
+        forget(self, "_layer_keys")
+        if self.memory is not None and self.backbone != "precomputed":
+            self._layer_keys = layer_keys(self.network_)
+            self._remembering().tidy()
+
+    def _remembering(self):
+        return FeatureMemory(
+            self.memory, self.network_, self._layer_keys, self.precision
+        )
+
+    def _features(self, images):
+        if hasattr(self, "_layer_keys"):
+            return self._remembering()(images)
+        return super()._features(images)
+
+    def _patches_in_batches(self, images):
+        """Yield the rows of each batch of images and their patches."""
+
+        def patches(batch, generator):
+            return self._patches(batch)
+
+        with tqdm(total=len(images), unit="image", disable=not self.verbose) as shown:
+            for rows, found in self._in_batches(images, patches):
+                yield rows, found
+                shown.update(len(found))
+
+    def _to_maps(self, values):
+        """Bring values (b, rows, columns) of patches to the size of the images."""
+        size = self.image_shape_[:2]
+        maps = F.interpolate(values[:, None], size, mode="bilinear")[:, 0]
+        return gaussian_blur(maps, self.sigma * min(size) / SIGMA_IMAGE_SIZE)
+
+
+class GrowingDetector(PatchwiseDetector):
+    """Base of the detectors of patches to which further images can be added.
+
+    A method writes ``_update(images)`` beside ``_fit`` and ``_judge``.
+    """
+
+    _parameter_constraints = {
+        **PatchwiseDetector._parameter_constraints,
+        "patch_size": [Interval(Integral, 1, None, closed="left")],
+        "image_score": [StrOptions({"max", "top"})],
+    }
+
+    _kept_names = (
+        *PatchwiseDetector._kept_names,
+        "_training_degrees",
+        "_training_peaks",
+    )
+    _judged_by = (*PatchwiseDetector._judged_by, "image_score")
+
+    @abstractmethod
+    def _update(self, images):
+        """Learn from further images; return their degrees and maxima of maps."""
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Self:
+        """Add images to those learned from.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Further training images. The first ones are those of a fit.
+        y : array-like of shape (n,) or (n, H, W), default=None
+            Labels or masks, as in `fit`; anomalous images are left out.
+
+        Returns
+        -------
+        self : object
+            The fitted detector. Its thresholds go by the scores that images had when
+            they were learned from.
+        """
+        if not self.__sklearn_is_fitted__():
+            return self._fit_to(X, y)
+        self._refuse_changes()
+        with unchanged_if_refused(self):
+            check_default_dtype()
+            X = self._check_X(X, reset=False)
+            images, _ = self._training_images(X, self._check_y(y, len(X)))
+            check_range(self, images.array, seen=self._value_range)
+            warn_of_copies(images.groups)
+            if hasattr(self, "network_"):
+                move_network(self.network_, images.device)
+            degrees, peaks = self._update(images)
+            check_finite(self, degrees, peaks)
+        self._training_degrees = np.concatenate([self._training_degrees, degrees])
+        self._training_peaks = np.concatenate([self._training_peaks, peaks])
+        self._set_thresholds(self._training_degrees, self._training_peaks)
+        return self
+
+    def _refuse_changes(self):
+        as_fitted(self)  # refuses what fit would refuse
+        taken = (*HOW_TO_COMPUTE, *self._judged_by, "contamination")
+        for name, value in self._built_from.items():
+            if name not in taken and is_other(getattr(self, name), value):
+                raise ValueError(
+                    f"partial_fit goes on with what was fitted, but {name}="
+                    f"{getattr(self, name)!r} was {value!r} then. Set it back, or call "
+                    "fit."
+                )
+
+    def _check_settings(self):
+        super()._check_settings()
+        if self.patch_size % 2 == 0:
+            raise ValueError(
+                f"patch_size={self.patch_size} must be odd, so that a patch has a "
+                "centre."
+            )
+
+    def _patches(self, images):
+        features = self._features(images)
+        return joined_patches(
+            [features[layer] for layer in self._wanted_layers], self.patch_size
+        )
+
+    def _degrees(self, values):
+        """Return the degrees of anomaly (b,) of images by those of their patches."""
+        values = values.flatten(1)
+        if self.image_score == "max":
+            return values.amax(dim=1)
+        n_top = max(1, round(TOP_SHARE * values.shape[1]))
+        return values.topk(n_top, dim=1).values.mean(dim=1)
+
+
+def joined_patches(layers, patch_size):
+    """Average features over patches, and join those of several layers.
+
+    Parameters
+    ----------
+    layers : list of torch.Tensor of shape (b, channels, rows, columns)
+        Features of each layer. All are brought to the finest of their grids.
+    patch_size : int
+        Side of the patches in cells of each layer's grid. Beyond the border lie zeros.
+
+    Returns
+    -------
+    torch.Tensor of shape (b, rows, columns, d)
+        Features of the patches; ``d`` is the number of channels of all layers.
+    """
+    size = max((maps.shape[-2:] for maps in layers), key=lambda size: size[0] * size[1])
+    parts = []
+    for maps in layers:
+        if patch_size > 1:
+            # zeros beyond the border count: padding makes features at the border
+            # unusual in every image, and this takes their weight
+            maps = F.avg_pool2d(maps, patch_size, stride=1, padding=patch_size // 2)
+        if maps.shape[-2:] != size:
+            maps = F.interpolate(maps, size, mode="bilinear")
+        parts.append(maps)
+    return torch.cat(parts, dim=1).permute(0, 2, 3, 1)
