@@ -18,7 +18,10 @@ from .methods.fcdd import FCDD
 from .methods.intra import InTra
 from .methods.memae import MemAE
 from .methods.mnad import MNAD
+from .methods.padim import PaDiM
+from .methods.patch_detector import PatchDetector
 from .methods.patch_svdd import PatchSVDD
+from .methods.patchcore import PatchCore
 from .methods.pnet import PNet
 from .methods.puzzle_ae import PuzzleAE
 from .methods.riad import RIAD
@@ -31,6 +34,9 @@ from .version import __version__ as __version__
 __all__ = [
     # detectors on pretrained features
     "DifferNet",
+    "PaDiM",
+    "PatchCore",
+    "PatchDetector",
     "SPADE",
     # detectors on features of their own
     "FCDD",

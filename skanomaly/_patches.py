@@ -283,13 +283,15 @@ class GrowingDetector(PatchwiseDetector):
             [features[layer] for layer in self._wanted_layers], self.patch_size
         )
 
-    def _degrees(self, values):
-        """Return the degrees of anomaly (b,) of images by those of their patches."""
-        values = values.flatten(1)
-        if self.image_score == "max":
-            return values.amax(dim=1)
-        n_top = max(1, round(TOP_SHARE * values.shape[1]))
-        return values.topk(n_top, dim=1).values.mean(dim=1)
+    def _degrees_and_maps(self, values, maps_wanted):
+        """Return degrees (b,) and maps of images by values (b, rows, columns)."""
+        by_maps = self.image_score == "top"
+        maps = self._to_maps(values) if maps_wanted or by_maps else None
+        if not by_maps:
+            return values.amax(dim=(1, 2)), maps
+        pixels = maps.flatten(1)
+        n_top = max(1, round(TOP_SHARE * pixels.shape[1]))
+        return pixels.topk(n_top, dim=1).values.mean(dim=1), maps
 
 
 def joined_patches(layers, patch_size):

@@ -56,6 +56,11 @@ WANTED_WEIGHTS = (
 FOREIGN_CLASS = re.compile(r"GLOBAL (\S+) (?:was|whose)")
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.")
 HEADS = ("avgpool", "classifier", "fc", "heads")
+STANDARD_LAYERS = {
+    ("resnet", "resnext", "wide_resnet"): ("layer2", "layer3"),
+    ("shufflenet",): ("stage2", "stage3"),
+    ("efficientnet_lite0",): ("blocks.4", "blocks.10"),
+}
 NOT_CHAINS = ("googlenet", "inception", "maxvit", "swin", "vit")
 
 
@@ -225,6 +230,33 @@ def last_stage(name: str, layers: Iterable[str] = ()) -> str:
     """
     with torch.device("meta"):
         return _chain(_whole(name), layers)[-1]
+
+
+def standard_layers(name: str) -> tuple[str, ...]:
+    """Return the layers of a backbone that detectors of patches take by default.
+
+    Parameters
+    ----------
+    name : str
+        Name of the network.
+
+    Returns
+    -------
+    tuple of str
+        The last layers whose grids are an eighth and a sixteenth of the image.
+
+    Raises
+    ------
+    ValueError
+        If the network is not one of the families whose layers are known.
+    """
+    for families, layers in STANDARD_LAYERS.items():
+        if name.startswith(families):
+            return layers
+    raise ValueError(
+        f"layers=None: backbone={name!r} has no usual ones; name them, such as "
+        f"layers=({last_stage(name)!r},)."
+    )
 
 
 def _channels(*values):
@@ -614,7 +646,11 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         """Yield the features of one batch after the other."""
         read = self.network_
         if self.memory is not None:
-            read = FeatureMemory(self.memory, self.network_, self.precision, self.pool)
+            keys = layer_keys(self.network_)
+            read = FeatureMemory(
+                self.memory, self.network_, keys, self.precision, pool=self.pool
+            )
+            read.tidy()
         for rows in gen_batches(len(images), self.batch_size):
             with torch.inference_mode(), autocast(images.device, self.precision):
                 features = read(images[rows])
@@ -647,6 +683,8 @@ class FeatureMemory:
         Where the files are; several processes may share it.
     network : Backbone
         The network.
+    keys : dict of str to str
+        What `layer_keys` returns of it.
     precision : str
         Precision that it computes in.
     pool : bool, default=False
@@ -658,17 +696,19 @@ class FeatureMemory:
     to there and the precision: networks that are cut off elsewhere share it.
     """
 
-    def __init__(self, folder, network, precision, pool=False):
+    def __init__(self, folder, network, keys, precision, *, pool=False):
         self.network = network
         self.pool = pool
-        arrays = network_to_arrays(network.trunk)
+        kind = f"{precision}-means" if pool else precision
         self.folders = {
-            layer: Path(folder) / _identity(network, layer, arrays, precision, pool)
-            for layer in network.layers
+            layer: Path(folder) / f"{key}-{kind}" for layer, key in keys.items()
         }
         with named_write_errors(f"memory={os.fspath(folder)!r}"):
             for own in self.folders.values():
                 own.mkdir(parents=True, exist_ok=True)
+
+    def tidy(self):
+        """Remove what killed processes have left."""
         for own in self.folders.values():
             remove_leftovers(own)
 
@@ -725,18 +765,32 @@ class FeatureMemory:
         return arrays
 
 
-def _identity(network, layer, arrays, precision, pool):
-    """Return a key of everything but the image that the features of a layer depend on.
+def layer_keys(network: Backbone) -> dict[str, str]:
+    """Return a key of all that a layer's features depend on beside the image.
 
-    The arrays are those of the whole trunk.
+    Parameters
+    ----------
+    network : Backbone
+        A network.
+
+    Returns
+    -------
+    dict of str to str
+        A key for each of its layers: names of network and layer, and a checksum of the
+        weights up to there.
     """
-    digest = hashlib.sha256(repr((layer, pool, precision)).encode())
-    with torch.device("meta"):
-        own = Backbone(network.name, (layer,)).trunk.state_dict()
-    for name in own:
-        digest.update(name.encode())
-        digest.update(arrays[name])
-    return f"{network.name.replace('/', '-')}-{layer}-{digest.hexdigest()[:24]}"
+    arrays = network_to_arrays(network.trunk)
+    keys = {}
+    for layer in network.layers:
+        with torch.device("meta"):
+            own = Backbone(network.name, (layer,)).trunk.state_dict()
+        digest = hashlib.sha256()
+        for name in own:
+            digest.update(name.encode())
+            digest.update(arrays[name])
+        name = network.name.replace("/", "-")
+        keys[layer] = f"{name}-{layer}-{digest.hexdigest()[:24]}"
+    return keys
 
 
 def _collect(n, batches):

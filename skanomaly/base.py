@@ -194,10 +194,13 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
             degrees, peaks = self._fit(images, labels, **given)
         _validation.check_finite(self, degrees, peaks)
         self._value_range = value_range and tuple(value_range)
+        self._set_thresholds(degrees, peaks)
+        return self
+
+    def _set_thresholds(self, degrees, peaks):
         self.offset_ = np.percentile(-degrees, 100 * self.contamination)
         if peaks is not None:
             self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)
-        return self
 
     # what a method writes
 

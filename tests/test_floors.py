@@ -13,6 +13,7 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
     {
         "_tensors.losses",
         "_tensors.masking",
+        "_tensors.moments",
         "_tensors.neighbors",
         "_tensors.networks",
         "_tensors.synthesis",
@@ -24,6 +25,7 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
     {"_validation"},
     {"base"},
     {"backbones", "images", "pipeline"},
+    {"_patches"},
     METHODS,
     {"calibration", "datasets", "display", "metrics", "model_selection"},
     {"onnx"},

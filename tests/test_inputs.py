@@ -24,6 +24,7 @@ from input_strategies import (
 )
 from PIL import Image
 from sklearn.base import clone
+from sklearn.svm import OneClassSVM
 from sklearn.utils._param_validation import (
     Interval,
     InvalidParameterError,
@@ -623,6 +624,7 @@ OTHER_SEQUENCES = {
     "structure_source": ("images", "masks"),
     "zoom": (1.5, 2.0),
     "image_shape": (4, 4),
+    "estimator": OneClassSVM(),
 }
 
 
@@ -676,6 +678,9 @@ JUDGES = {
     "MNAD": {"score_weight": 0.1, "update_at_test": True, "update_threshold": 1.0},
     "InTra": {"reference": "none", "smoothing_size": 200},
     "SMAI": {"n_segments": 4, "compactness": 1e-3, "smoothing_size": 200},
+    "PatchDetector": {"sigma": 100.0, "image_score": "top"},
+    "PatchCore": {"sigma": 100.0, "image_score": "top", "n_reweighting_neighbors": 3},
+    "PaDiM": {"sigma": 100.0},
     "PatchSVDD": {"combination": "sum"},
     "FCDD": {"sigma": 50.0, "image_score": "max"},
     "PNet": {"score_weight": 0.1},

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 
@@ -30,6 +31,11 @@ EXPORTABLE = [
     ("VariationalAutoencoder", {}),
     ("MemAE", {}),
     ("PatchSVDD", {}),
+    ("PatchDetector", {}),
+    ("PatchDetector", {"estimator": PCA(4), "image_score": "top"}),
+    ("PatchCore", {}),
+    ("PatchCore", {"coreset": 0.5, "n_reweighting_neighbors": 5}),
+    ("PaDiM", {}),
     ("PuzzleAE", {}),
     ("FCDD", {}),
     ("MNAD", {}),

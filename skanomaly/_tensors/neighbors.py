@@ -13,10 +13,12 @@ QUERY_CHUNK = 512
 TILE = 1024
 GROUP = 16
 SPARE_GROUPS = 3
+SPARE_ROWS = 4
 # values of prepared gallery rows, and of neighbours gathered at a time
 BLOCK_VALUES = 2**21
 GATHERED_VALUES = 2**18
 N_CANDIDATES = 10
+BLOCK_ROWS = 1024  # of what the farthest rows are chosen from
 RECALL_SAMPLE = 500
 MIN_RECALL = 0.95
 
@@ -177,6 +179,101 @@ def _torch_threads_kept():
         yield
     finally:
         torch.set_num_threads(n_threads)
+
+
+def traceable_nearest_distances(queries, gallery, *, n_neighbors=1):
+    """Find what `nearest_distances` finds, by few operations and in more memory.
+
+    An exported graph of them does not grow with the gallery.
+
+    Parameters
+    ----------
+    queries : torch.Tensor of shape (n_queries, c)
+        Vectors whose neighbours are sought.
+    gallery : torch.Tensor of shape (n_gallery, c)
+        Vectors among which they are sought.
+    n_neighbors : int, default=1
+        Number of neighbours, at most ``n_gallery``.
+
+    Returns
+    -------
+    distances : torch.Tensor of shape (n_queries, n_neighbors)
+        Distances in ascending order, computed from differences.
+    indices : torch.Tensor of shape (n_queries, n_neighbors)
+        Rows of the gallery.
+    """
+    center = gallery.mean(dim=0)
+    others = gallery - center
+    # half the squared norm of the query less half the squared distance
+    closeness = (queries - center) @ others.T - others.square().sum(dim=1) / 2
+    n_kept = min(n_neighbors + SPARE_ROWS, len(gallery))
+    kept = closeness.topk(n_kept, dim=1).indices
+    distances = (gallery[kept] - queries[:, None]).norm(dim=2)
+    distances, order = distances.topk(n_neighbors, dim=1, largest=False)
+    return distances, kept.gather(1, order)
+
+
+def farthest_rows(rows, *, generator, n_start=10):
+    """Choose rows one after the other, each the farthest from those before it.
+
+    Parameters
+    ----------
+    rows : torch.Tensor of shape (n, d)
+        What is chosen from.
+    generator : torch.Generator
+        What the first rows are drawn from.
+    n_start : int, default=10
+        Number of rows drawn at random. The mean distance to them stands for that to the
+        nearest chosen one before a row is chosen; they are not chosen themselves.
+
+    Yields
+    ------
+    int
+        A row; after n of them there are no more.
+
+    Notes
+    -----
+    This is the greedy solution of the k-centre problem. Distances to the chosen rows
+    only fall, so the maximum of a block of rows, once known, is an upper bound for
+    ever. A block is compared with what was chosen meanwhile only when its bound is the
+    highest of all, in one matrix product; the rows are those that a comparison of all
+    rows with each chosen one would give. Memory is that of a few blocks.
+
+    References
+    ----------
+    T. Gonzalez. "Clustering to minimize the maximum intercluster distance".
+    Theoretical Computer Science 38, 1985.
+    """
+    n = len(rows)
+    rows = rows - rows.mean(dim=0)
+    norms = rows.square().sum(dim=1)
+    start = rows[torch.randperm(n, generator=generator)[:n_start].to(rows.device)]
+    nearest = torch.cat(
+        [torch.cdist(own, start).mean(dim=1).square() for own in rows.split(BLOCK_ROWS)]
+    )
+    blocks = [slice(i, min(i + BLOCK_ROWS, n)) for i in range(0, n, BLOCK_ROWS)]
+    bounds = np.array([nearest[block].max().item() for block in blocks])
+    n_compared = [0] * len(blocks)
+    chosen = torch.empty(n, dtype=torch.int64, device=rows.device)
+    for k in range(n):
+        while True:
+            highest = int(bounds.argmax())
+            block = blocks[highest]
+            if n_compared[highest] == k:
+                break
+            for others in chosen[n_compared[highest] : k].split(4 * BLOCK_ROWS):
+                squares = torch.addmm(
+                    norms[others], rows[block], rows[others].T, alpha=-2
+                ).amin(dim=1)
+                torch.minimum(
+                    nearest[block], squares + norms[block], out=nearest[block]
+                )
+            bounds[highest] = nearest[block].max().item()
+            n_compared[highest] = k
+        chosen[k] = block.start + nearest[block].argmax()
+        # rounding must not have it chosen again
+        nearest[chosen[k]] = -torch.inf
+        yield int(chosen[k])
 
 
 class ApproximateIndex:

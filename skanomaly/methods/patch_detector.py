@@ -148,7 +148,7 @@ class PatchDetector(GrowingDetector):
         drawn. None takes all. Without an estimator, all are taken in any case.
     image_score : {"max", "top"}, default="max"
         Score of an image: the highest value of its patches, or the mean of the highest
-        hundredth.
+        hundredth of its map.
     sigma : float, default=4.0
         Standard deviation of the Gaussian that smooths the map, in pixels of an image
         of 224 pixels. It scales with the size of the images.
@@ -168,7 +168,7 @@ class PatchDetector(GrowingDetector):
         Precision of the network; all else is computed in float32 or more.
     device : str, default="auto"
         Torch device. "auto" takes that of X if it is a tensor, else a GPU if there is
-        one. Estimators of scikit-learn compute on the processor.
+        one.
     random_state : int, RandomState instance or None, default=None
         Seed of random weights, of the patches drawn, and of the estimator where its own
         ``random_state`` is None.
@@ -217,10 +217,10 @@ class PatchDetector(GrowingDetector):
     training images, and the maximum as the score of an image (``image_score="top"`` is
     the paper's).
 
-    With an estimator of one's own, thresholds go by the training images that it was
-    fitted on. One that remembers rows, such as NearestNeighbors, finds many of them
-    again, so that its thresholds are too strict; ``ThresholdCalibrator`` sets honest
-    ones.
+    Estimators of scikit-learn compute on the processor. With one of one's own,
+    thresholds go by the training images that it was fitted on. One that remembers rows,
+    such as NearestNeighbors, finds many of them again, so that its thresholds are too
+    strict; ``ThresholdCalibrator`` sets honest ones.
 
     In a search over ``layers`` with a ``memory``, an image passes the backbone once if
     the largest set of layers comes first.
@@ -379,8 +379,8 @@ class PatchDetector(GrowingDetector):
             for fold in np.unique(folds[rows]):
                 own = torch.from_numpy(folds[rows] == fold).to(patches.device)
                 values[own] = squared_residuals(patches[own], *subspaces[fold])
-            degrees[rows] = self._degrees(values).cpu()
-            peaks[rows] = self._to_maps(values).amax(dim=(1, 2)).cpu()
+            own, maps = self._degrees_and_maps(values, maps_wanted=True)
+            degrees[rows], peaks[rows] = own.cpu(), maps.amax(dim=(1, 2)).cpu()
         return degrees, peaks
 
     def _known_moments(self, device):
@@ -398,7 +398,7 @@ class PatchDetector(GrowingDetector):
 
     def _judge(self, images, *, maps_wanted, generator):
         values = self._values(self._patches(images))
-        return self._degrees(values), self._to_maps(values) if maps_wanted else None
+        return self._degrees_and_maps(values, maps_wanted)
 
     def _values(self, patches):
         """Return how anomalous patches (b, h, w, d) are: (b, h, w)."""
@@ -461,7 +461,7 @@ def squared_residuals(patches, mean, left_out):
     torch.Tensor of shape (...)
         Squared norms.
     """
-    mean, left_out = (part.to(patches) for part in (mean, left_out))
+    mean, left_out = (part.to(patches.device) for part in (mean, left_out))
     return ((patches - mean) @ left_out).square().sum(dim=-1)
 
 

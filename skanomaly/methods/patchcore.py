@@ -52,7 +52,7 @@ class PatchCore(GrowingDetector):
         each layer; odd.
     image_score : {"max", "top"}, default="max"
         Score of an image: the highest value of its patches, or the mean of the highest
-        hundredth.
+        hundredth of its map.
     sigma : float, default=4.0
         Standard deviation of the Gaussian that smooths the map, in pixels of an image
         of 224 pixels. It scales with the size of the images.
@@ -77,7 +77,7 @@ class PatchCore(GrowingDetector):
         Seed of random weights, and of the projection and the first patches by which
         the others are chosen.
     verbose : int, default=0
-        Whether to show progress bars.
+        Whether to show a progress bar.
 
     Attributes
     ----------
@@ -257,7 +257,7 @@ class PatchCore(GrowingDetector):
         """Return degrees (b,) and maps of images by their patches and a bank (m, d)."""
         distances, nearest = search(patches.flatten(0, 2), bank)
         values = distances.view(patches.shape[:3])
-        degrees = self._degrees(values)
+        degrees, maps = self._degrees_and_maps(values, maps_wanted)
         if self.n_reweighting_neighbors:
             worst = values.flatten(1).argmax(dim=1)
             rows = torch.arange(len(worst), device=worst.device)
@@ -268,7 +268,7 @@ class PatchCore(GrowingDetector):
             distances = (queries[:, None] - bank[others]).norm(dim=2)
             # the nearest is the first of them
             degrees = degrees * (1 - distances.softmax(dim=1)[:, 0])
-        return degrees, self._to_maps(values) if maps_wanted else None
+        return degrees, maps
 
     def _why_not_exported(self):
         if self.backbone == "precomputed":

@@ -6,7 +6,6 @@ several depths of a pretrained network, with all locations of these images. Wher
 nothing similar is found, it is anomalous.
 """
 
-import os
 from functools import partial
 from numbers import Integral, Real
 
@@ -19,20 +18,18 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._fitting.batches import resolve_device
-from .._fitting.loop import autocast, seeded
-from .._fitting.persistence import channels_last, forget, shared_tensor
+from .._fitting.loop import autocast
+from .._fitting.persistence import forget, shared_tensor
 from .._fitting.processes import Processes
+from .._patches import SIGMA_IMAGE_SIZE, FeatureDetector
 from .._tensors.filters import gaussian_blur
 from .._tensors.neighbors import ApproximateIndex, nearest_distances
-from ..backbones import Backbone, check_channels, make_backbone
-from ..base import BaseDetector
 
-SIGMA_IMAGE_SIZE = 224
 MAP_THRESHOLD_IMAGES = 20
 N_CANDIDATES = 4
 
 
-class SPADE(BaseDetector):
+class SPADE(FeatureDetector):
     """SPADE: distances to the nearest normal images, and to their nearest features.
 
     Parameters
@@ -155,15 +152,13 @@ class SPADE(BaseDetector):
     """
 
     _parameter_constraints = {
-        **BaseDetector._parameter_constraints,
+        **FeatureDetector._parameter_constraints,
         "n_neighbors": [Interval(Integral, 1, None, closed="left")],
         "gallery_size": [Interval(Integral, 0, None, closed="left")],
         "n_pixel_neighbors": [Interval(Integral, 1, None, closed="left")],
         "image_score": [StrOptions({"knn", "max"})],
         "algorithm": [StrOptions({"brute", "nndescent"})],
-        "backbone": [str],
         "layers": [tuple, list],
-        "weights": [str, os.PathLike, None],
         "sigma": [Interval(Real, 0, 1000, closed="both")],
     }
 
@@ -206,12 +201,7 @@ class SPADE(BaseDetector):
         self.random_state = random_state
         self.verbose = verbose
 
-    _kept_names = (
-        *BaseDetector._kept_names,
-        "_groups",
-        "_stored_layers",
-        "_feature_shapes",
-    )
+    _kept_names = (*FeatureDetector._kept_names, "_groups")
 
     def _why_no_maps(self):
         of_the_fit = getattr(self, "_built_from", {})
@@ -219,86 +209,19 @@ class SPADE(BaseDetector):
             return None
         return "gallery_size=0 keeps no features to localize with"
 
-    def _build_network(self):
-        return Backbone(self.backbone, self._stored_layers)
-
-    def _check_X(self, X, *, reset):
-        structured = getattr(getattr(X, "dtype", None), "names", None) is not None
-        if structured != (self.backbone == "precomputed"):
-            raise ValueError(
-                f"backbone={self.backbone!r}, but X is "
-                + ("a" if structured else "not a")
-                + " structured array of features; backbone='precomputed' takes those "
-                "of BackboneFeatures."
-            )
-        return (
-            self._check_features(X, reset=reset)
-            if structured
-            else super()._check_X(X, reset=reset)
-        )
-
-    def _check_features(self, X, *, reset):
-        unknown = [layer for layer in self.layers if layer not in X.dtype.names]
-        if unknown:
-            raise ValueError(
-                f"layers={self.layers!r}: X has no field {unknown[0]!r}, but "
-                f"{', '.join(X.dtype.names)}."
-            )
-        if len(X) < (2 if reset else 1):
-            raise ValueError(
-                f"X is refused: Found array with {len(X)} sample(s) (shape={X.shape}) "
-                f"while a minimum of {2 if reset else 1} is required by SPADE."
-            )
-        for name in X.dtype.names:
-            field = X.dtype[name]
-            if X.ndim != 1 or field.base.kind != "f" or len(field.shape) != 3:
-                raise ValueError(
-                    f"X has shape {X.shape} and a field {name!r} of {field}, but SPADE "
-                    "wants features (n,) whose fields are floats (h, w, c)."
-                )
-        if not all(np.isfinite(x[n]).all() for x in X for n in X.dtype.names):
-            raise ValueError("Input X contains NaN or infinity, which SPADE refuses.")
-        shapes = {name: X.dtype[name].shape for name in X.dtype.names}
-        if reset:
-            self._feature_shapes = shapes
-            self.image_shape_ = max(
-                (shapes[layer] for layer in self.layers), key=lambda s: s[0] * s[1]
-            )
-            self.n_features_in_ = sum(int(np.prod(s)) for s in shapes.values())
-        elif shapes != self._feature_shapes:
-            raise ValueError(
-                f"X holds features of the shapes {shapes}, but SPADE was fitted on "
-                f"{self._feature_shapes}."
-            )
-        return X
-
     def _check_settings(self):
-        if not self.layers:
-            raise ValueError("layers is empty; SPADE needs at least one layer.")
+        super()._check_settings()
         if self.image_score == "max" and not self.gallery_size:
             raise ValueError(
                 "image_score='max' needs maps, but gallery_size=0 keeps no features "
                 "for them; take image_score='knn'."
             )
-        if self.backbone != "precomputed":
-            check_channels(self)
 
     def _fit(self, images, labels):
-        forget(self, "network_", "indices_")
+        forget(self, "indices_")
         self._begin_anew()
         self._groups = images.groups
-        if self.backbone != "precomputed":
-            with seeded(self._seed):
-                network = make_backbone(
-                    self.backbone,
-                    tuple(self.layers),
-                    self.weights,
-                    with_last_stage=True,
-                )
-            self.network_ = channels_last(network.to(images.device))
-            self._stored_layers = network.layers
-        else:
-            self._stored_layers = images.array.dtype.names
+        self._load_backbone(images, with_last_stage=True)
         self._store_features(images)
         if self.algorithm == "nndescent":
             self.indices_ = {
@@ -319,7 +242,7 @@ class SPADE(BaseDetector):
         with tqdm(total=n, unit="image", disable=not self.verbose) as progress:
             for rows in own:
                 with torch.inference_mode(), autocast(images.device, self.precision):
-                    features, pooled = self._features(images[rows])
+                    features, pooled = self._describe(images[rows])
                 if rows == own[0]:
                     self.embeddings_ = np.empty((n, pooled.shape[1]), np.float32)
                     self.gallery_ = {
@@ -333,13 +256,13 @@ class SPADE(BaseDetector):
         for array in (self.embeddings_, *self.gallery_.values()):
             processes.gather(shares, array)
 
-    def _features(self, images):
+    def _describe(self, images):
         """Return the features by layer and the pooled ones (b, d) of the last layer."""
-        features = images if self.backbone == "precomputed" else self.network_(images)
+        features = self._features(images)
         return features, features[self._stored_layers[-1]].mean(dim=(2, 3))
 
     def _judge(self, images, *, maps_wanted, generator):
-        features, pooled = self._features(images)
+        features, pooled = self._describe(images)
         n_wanted = max(self.n_neighbors, self.gallery_size)
         embeddings = shared_tensor(self.embeddings_).to(pooled.device)
         distances, neighbors = nearest_distances(
@@ -481,7 +404,7 @@ class SPADEModule(nn.Module):
     def forward(self, images):
         """Return maps (b, H, W) and scores (b,) of images (b, H, W, C)."""
         (detector,) = self.detector
-        features, pooled = detector._features(images.permute(0, 3, 1, 2).float() / 255)
+        features, pooled = detector._describe(images.permute(0, 3, 1, 2).float() / 255)
         distances = (pooled[:, None] - self.embeddings).norm(dim=2)
         n_wanted = max(detector.n_neighbors, detector.gallery_size)
         distances, neighbors = distances.topk(
