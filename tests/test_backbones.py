@@ -896,6 +896,13 @@ def test_same_padding_is_that_of_tensorflow():
     assert_array_equal(sums.detach(), [2 * 1, 2 * 3])
 
 
+def test_lite_of_random_weights_keeps_the_scale(random_images):
+    layers = tuple(f"blocks.{i}" for i in range(16))
+    backbone = make_backbone("efficientnet_lite0", layers, None)
+    for layer, found in backbone(as_tensor(random_images(2, 64, 64, 3))).items():
+        assert 0.1 < found.std() < 100, layer
+
+
 def test_lite_unknown_layer_lists_the_blocks():
     with pytest.raises(ValueError, match=r"'layer1' is unknown.*blocks\.0.*blocks\.15"):
         Backbone("efficientnet_lite0", ("layer1",))

@@ -87,6 +87,10 @@ class SameConv2d(nn.Conv2d):
     def __init__(self, n_in, n_out, kernel, stride=1, groups=1):
         super().__init__(n_in, n_out, kernel, stride, groups=groups, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Draw weights that keep the features' scale, before batch norms know it."""
+        nn.init.kaiming_normal_(self.weight)
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the features (b, n_out, h / stride, w / stride)."""
         (kernel, _), (stride, _) = self.kernel_size, self.stride
