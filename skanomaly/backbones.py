@@ -568,7 +568,7 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         for name, array in network_to_arrays(self.network_).items():
             digest.update(name.encode())
             digest.update(array)
-        return f"{self.backbone}-{digest.hexdigest()[:24]}"
+        return f"{self.backbone.replace('/', '-')}-{digest.hexdigest()[:24]}"
 
 
 class _Rows:

@@ -830,6 +830,7 @@ def small_networks():
     yield "efficientnet_lite0", ("blocks.4", "blocks.10"), 64
     yield "swin_t", ("features.1",), 64
     yield "timm/test_vit2", ("blocks.1", "blocks.3"), 64
+    yield "timm/test_vit_relpos", ("blocks.0", "blocks.1"), 160
     yield "timm/test_efficientnet", ("blocks.1", "blocks.2"), 40
 
 
@@ -841,11 +842,13 @@ def small_network(request):
     return request.param
 
 
-def test_each_family_in_files_and_copies(small_network, random_images):
+def test_each_family_in_files_and_copies(small_network, tmp_path, random_images):
     name, layers, size = small_network
     X = random_images(3, size, size, 3)
-    transformer = make_features(backbone=name, layers=layers).fit(X)
+    transformer = make_features(backbone=name, layers=layers, memory=tmp_path).fit(X)
     expected = transformer.transform(X)
+    assert len(list(tmp_path.glob("*/*.npy"))) == 3
+    transformer.set_params(memory=None)
     assert expected.dtype.names == layers
     assert all(expected.dtype[layer].shape[0] > 1 for layer in layers)
     loaded = pickle.loads(pickle.dumps(transformer))
@@ -917,6 +920,23 @@ def test_lite_without_its_package(monkeypatch, random_images):
         make_features(
             backbone="efficientnet_lite0", layers=("blocks.4",), weights="imagenet"
         ).fit(random_images(1, *SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, "is gone"),
+        (b"another file", ValueError, "is damaged or another file"),
+    ],
+)
+def test_lite_with_a_damaged_package(tmp_path, monkeypatch, content, error, message):
+    file = tmp_path / "weights.pth"
+    if content is not None:
+        file.write_bytes(content)
+    package = SimpleNamespace(locate_file=lambda path: file)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: package)
+    with pytest.raises(error, match=f"{message}.*Install efficientnet.*again"):
+        make_backbone("efficientnet_lite0", ("blocks.4",), "imagenet")
 
 
 @pytest.fixture(scope="module")
