@@ -27,7 +27,7 @@ from ._validation import check_default_dtype, check_finite, check_range, warn_of
 from .backbones import (
     Backbone,
     FeatureMemory,
-    check_channels,
+    check_backbone_takes,
     layer_keys,
     make_backbone,
     standard_layers,
@@ -123,7 +123,7 @@ class FeatureDetector(BaseDetector):
                 f"layers is empty; {type(self).__name__} needs at least one layer."
             )
         if self.backbone != "precomputed":
-            check_channels(self)
+            check_backbone_takes(self.backbone, self.image_shape_)
 
     def _load_backbone(self, images, *, with_last_stage=False):
         """Make ``network_``, and note which layers there are."""

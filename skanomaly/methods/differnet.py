@@ -20,7 +20,7 @@ from torch import nn
 from .._fitting.loop import Samples
 from .._tensors.filters import gaussian_blur
 from .._tensors.synthesis import rotate
-from ..backbones import Backbone, check_channels, last_stage, make_backbone
+from ..backbones import Backbone, check_backbone_takes, last_stage, make_backbone
 from ..base import NetworkDetector
 
 
@@ -183,13 +183,15 @@ class DifferNet(NetworkDetector):
     weight_decay : float, default=1e-5
         Weight decay of Adam.
     backbone : str, default="alexnet"
-        Name of a torchvision classification network whose children form a chain.
+        Name of a network of torchvision, "efficientnet_lite0", or "timm/NAME";
+        `skanomaly.backbones.Backbone` says more.
     layer : str, default=None
         The layer whose features are pooled, such as "layer3". None takes the last one
         before the classifier.
     weights : str, path or None, default="imagenet"
-        "imagenet" for torchvision's weights, downloaded at the first fit; the file of a
-        state dict (``.pth``, ``.safetensors``); None for random weights.
+        "imagenet" for the weights that come with the network, downloaded at the first
+        fit; the file of a state dict (``.pth``, ``.safetensors``); None for random
+        weights.
     sigma : float, default=3.0
         Standard deviation of the Gaussian filter of the gradients in pixels. It does
         not scale with the images: the smallest scale looks at every fourth pixel of any
@@ -393,6 +395,11 @@ class DifferNet(NetworkDetector):
                     f"{self.backbone!r} and n_scales={self.n_scales}. ResizeImages "
                     "makes them larger."
                 ) from error
+            except ValueError as error:  # the images fit, their smaller scales do not
+                raise ValueError(
+                    f"n_scales={self.n_scales} halves images of {height} x {width} "
+                    f"pixels. {error} n_scales=1 leaves them as they are."
+                ) from None
         return backbone, features.shape[1]
 
     def _optimizer(self, part):
@@ -406,7 +413,7 @@ class DifferNet(NetworkDetector):
         )
 
     def _check_settings(self):
-        check_channels(self)
+        check_backbone_takes(self.backbone, self.image_shape_)
         self._empty_backbone()
 
     def _learn(self, images, labels, progress):

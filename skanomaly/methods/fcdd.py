@@ -26,7 +26,7 @@ from .._tensors.filters import full_precision, gaussian_blur
 from .._tensors.networks import pad_to_multiple
 from .._tensors.synthesis import uniform
 from .._typing import Self, fit_context
-from ..backbones import check_channels, make_backbone
+from ..backbones import check_backbone_takes, make_backbone
 from ..base import NetworkDetector
 from ..images import check_pictures, some_pictures
 
@@ -589,8 +589,9 @@ class FCDD(NetworkDetector):
         Number of channels of the first layer; the others grow with it. None takes that
         of the paper: 64, 8, 128 or 128.
     weights : str, path or None, default="imagenet"
-        "imagenet" for torchvision's weights, downloaded at the first fit; the file of a
-        state dict (``.pth``, ``.safetensors``); None for random weights.
+        "imagenet" for the weights that come with the network, downloaded at the first
+        fit; the file of a state dict (``.pth``, ``.safetensors``); None for random
+        weights.
     loss : {"auto", "image", "pixel"}, default="auto"
         Whether the network learns which images are anomalous, or which pixels. "auto"
         takes pixels if `y` holds masks of anomalies. Confetti know the pixels that they
@@ -874,7 +875,7 @@ class FCDD(NetworkDetector):
 
     def _check_settings(self):
         if self._is_pretrained:
-            check_channels(self)
+            check_backbone_takes("vgg11_bn", self.image_shape_)
             if self.width not in (None, PLANS["vgg11"].width):
                 raise ValueError(
                     f"width={self.width} is not that of pretrained weights: width=None "

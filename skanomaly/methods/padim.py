@@ -31,13 +31,15 @@ class PaDiM(PatchwiseDetector):
     n_features : int or None, default=100
         Number of channels, drawn from those of all layers. None takes them all.
     backbone : str, default="resnet18"
-        Name of a torchvision network, or "precomputed" if X is the structured array
-        that ``BackboneFeatures`` returns.
+        Name of a network of torchvision, "efficientnet_lite0", "timm/NAME", or
+        "precomputed" if X is the structured array that ``BackboneFeatures`` returns;
+        `skanomaly.backbones.Backbone` says more.
     layers : tuple of str, default=("layer1", "layer2", "layer3")
         Layers whose features make the map.
     weights : str, path or None, default="imagenet"
-        "imagenet" for torchvision's weights, downloaded at the first fit; the file of a
-        state dict (``.pth``, ``.safetensors``); None for random weights.
+        "imagenet" for the weights that come with the network, downloaded at the first
+        fit; the file of a state dict (``.pth``, ``.safetensors``); None for random
+        weights.
     sigma : float, default=4.0
         Standard deviation of the Gaussian that smooths the map, in pixels of an image
         of 224 pixels. It scales with the size of the images.

@@ -132,14 +132,16 @@ class PatchDetector(GrowingDetector):
         ``kneighbors`` counts; of a clusterer, the distance to the nearest centre. None
         is a PCA that keeps 99 % of the variance of all patches.
     backbone : str, default="resnet18"
-        Name of a torchvision network, or "precomputed" if X is the structured array
-        that ``BackboneFeatures`` returns.
+        Name of a network of torchvision, "efficientnet_lite0", "timm/NAME", or
+        "precomputed" if X is the structured array that ``BackboneFeatures`` returns;
+        `skanomaly.backbones.Backbone` says more.
     layers : tuple of str, default=None
         Layers whose features make the map. None takes those of the family of the
         backbone that have an eighth and a sixteenth of the image's side.
     weights : str, path or None, default="imagenet"
-        "imagenet" for torchvision's weights, downloaded at the first fit; the file of a
-        state dict (``.pth``, ``.safetensors``); None for random weights.
+        "imagenet" for the weights that come with the network, downloaded at the first
+        fit; the file of a state dict (``.pth``, ``.safetensors``); None for random
+        weights.
     patch_size : int, default=3
         Side of the patches over which features are averaged, in cells of the grid of
         each layer; odd.

@@ -39,14 +39,16 @@ class PatchCore(GrowingDetector):
         of an image is weighted: it falls where they are as near to the image's patch.
         0 takes the distance as it is.
     backbone : str, default="wide_resnet50_2"
-        Name of a torchvision network, or "precomputed" if X is the structured array
-        that ``BackboneFeatures`` returns.
+        Name of a network of torchvision, "efficientnet_lite0", "timm/NAME", or
+        "precomputed" if X is the structured array that ``BackboneFeatures`` returns;
+        `skanomaly.backbones.Backbone` says more.
     layers : tuple of str, default=None
         Layers whose features make the map. None takes those of the family of the
         backbone that have an eighth and a sixteenth of the image's side.
     weights : str, path or None, default="imagenet"
-        "imagenet" for torchvision's weights, downloaded at the first fit; the file of a
-        state dict (``.pth``, ``.safetensors``); None for random weights.
+        "imagenet" for the weights that come with the network, downloaded at the first
+        fit; the file of a state dict (``.pth``, ``.safetensors``); None for random
+        weights.
     patch_size : int, default=3
         Side of the patches over which features are averaged, in cells of the grid of
         each layer; odd.

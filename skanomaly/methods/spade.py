@@ -26,7 +26,9 @@ from .._tensors.filters import gaussian_blur
 from .._tensors.neighbors import ApproximateIndex, nearest_distances
 
 MAP_THRESHOLD_IMAGES = 20
+# of the exported search
 N_CANDIDATES = 4
+QUERIES_AT_ONCE = 256
 
 
 class SPADE(FeatureDetector):
@@ -50,13 +52,15 @@ class SPADE(FeatureDetector):
         index over the features of all training images, whatever ``gallery_size`` is;
         it pays above about a million of them.
     backbone : str, default="wide_resnet50_2"
-        Name of a torchvision network, or "precomputed" if X is the structured array
-        that ``BackboneFeatures`` returns.
+        Name of a network of torchvision, "efficientnet_lite0", "timm/NAME", or
+        "precomputed" if X is the structured array that ``BackboneFeatures`` returns;
+        `skanomaly.backbones.Backbone` says more.
     layers : tuple of str, default=("layer1", "layer2", "layer3")
         Layers whose features make the map.
     weights : str, path or None, default="imagenet"
-        "imagenet" for torchvision's weights, downloaded at the first fit; the file of a
-        state dict (``.pth``, ``.safetensors``); None for random weights.
+        "imagenet" for the weights that come with the network, downloaded at the first
+        fit; the file of a state dict (``.pth``, ``.safetensors``); None for random
+        weights.
     sigma : float, default=4.0
         Standard deviation of the Gaussian that smooths the map, in pixels of an image
         of 224 pixels. It scales with the size of the images.
@@ -391,48 +395,72 @@ class SPADE(FeatureDetector):
 
 
 class SPADEModule(nn.Module):
-    """SPADE with its search as plain products, one gallery image after the other."""
+    """SPADE with its search as products with all features of the gallery at once."""
 
     def __init__(self, detector):
         super().__init__()
         self.network = detector.network_
         self.detector = (detector,)  # hidden from torch
         self.register_buffer("embeddings", torch.from_numpy(detector.embeddings_))
-        for layer, gallery in detector.gallery_.items():
-            self.register_buffer(f"gallery_{layer}", torch.from_numpy(gallery))
+        for i, layer in enumerate(detector.layers):
+            gallery = torch.from_numpy(detector.gallery_[layer]).flatten(1, 2)
+            # far from the origin, squares would swallow the differences in rounding
+            center = gallery.mean(dim=(0, 1))
+            gallery = gallery - center
+            self.register_buffer(f"center_{i}", center)
+            self.register_buffer(f"gallery_{i}", gallery)  # (n, q, c)
+            self.register_buffer(f"halves_{i}", gallery.square().sum(dim=2) / 2)
 
     def forward(self, images):
         """Return maps (b, H, W) and scores (b,) of images (b, H, W, C)."""
         (detector,) = self.detector
         features, pooled = detector._describe(images.permute(0, 3, 1, 2).float() / 255)
         distances = (pooled[:, None] - self.embeddings).norm(dim=2)
-        n_wanted = max(detector.n_neighbors, detector.gallery_size)
-        distances, neighbors = distances.topk(
-            min(n_wanted, len(self.embeddings)), largest=False
+        nearest, neighbors = (
+            distances.topk(min(n, len(self.embeddings)), largest=False)
+            for n in (detector.n_neighbors, detector.gallery_size)
         )
-        maps = detector._maps(features, partial(self._search, neighbors=neighbors))
-        return maps, -detector._degrees(distances, maps)
+        maps = detector._maps(
+            features, partial(self._search, neighbors=neighbors.indices)
+        )
+        return maps, -detector._degrees(nearest.values, maps)
 
     def _search(self, layer, queries, neighbors):
         """Return the distances (b, p, k) of queries (b, p, c) to images' features."""
         (detector,) = self.detector
-        gallery = getattr(self, f"gallery_{layer}").flatten(1, 2)  # (n, q, c)
-        neighbors = neighbors[:, : detector.gallery_size]
-        center = gallery[neighbors[:, 0]].mean(dim=1, keepdim=True)  # (b, 1, c)
-        centred, candidates = queries - center, []
-        for rows in neighbors.unbind(dim=1):
-            images = gallery[rows]  # (b, q, c)
-            others = images - center
-            # half the squared norm of the query less half the squared distance
-            closeness = centred @ others.mT - others.square().sum(dim=2)[:, None] / 2
-            n_kept = min(detector.n_pixel_neighbors + N_CANDIDATES, images.shape[1])
-            kept = closeness.topk(n_kept, dim=2).indices  # (b, p, n_kept)
-            index = kept.flatten(1)[..., None].expand(-1, -1, images.shape[2])
-            nearest = images.gather(1, index).unflatten(1, kept.shape[1:])
-            candidates.append((nearest - queries[:, :, None]).norm(dim=3))
-        distances = torch.cat(candidates, dim=2)  # (b, p, n_images * n_kept)
-        n_neighbors = min(detector.n_pixel_neighbors, distances.shape[2])
-        return distances.topk(n_neighbors, dim=2, largest=False).values
+        i = detector.layers.index(layer)
+        center, gallery, halves = (
+            self.get_buffer(f"{name}_{i}") for name in ("center", "gallery", "halves")
+        )
+        return torch.stack(
+            [
+                _nearest_of_all(
+                    own - center,
+                    gallery[rows].flatten(0, 1),
+                    halves[rows].flatten(),
+                    detector.n_pixel_neighbors,
+                )
+                for own, rows in zip(queries.unbind(), neighbors.unbind(), strict=True)
+            ]
+        )
+
+
+def _nearest_of_all(queries, gallery, halves, n_neighbors):
+    """Return the distances (p, k) of queries (p, c) to the nearest of rows (q, c).
+
+    Given half their squared norms, too, and some queries at a time: the products take
+    about as much memory as the rows, and the graph does not grow with their number.
+    """
+    n_neighbors = min(n_neighbors, len(gallery))
+    n_kept = min(n_neighbors + N_CANDIDATES, len(gallery))
+    columns, distances = gallery.mT, []
+    for some in queries.split(QUERIES_AT_ONCE):
+        # half the squared norm of the query less half the squared distance
+        closeness = torch.addmm(-halves, some, columns)
+        nearest = gallery[closeness.topk(n_kept).indices]  # (p, n_kept, c)
+        found = (nearest - some[:, None]).norm(dim=2)
+        distances.append(found.topk(n_neighbors, largest=False).values)
+    return torch.cat(distances)
 
 
 def _as_rows(features):

@@ -249,10 +249,16 @@ def test_small_images_are_refused(detector, random_images):
         detector(backbone="alexnet", layer=None).fit(random_images(4, 16, 16, 3))
 
 
+def test_scales_that_a_network_does_not_take_are_refused(detector, random_images):
+    model = detector(backbone="vit_b_16", layer=None, n_scales=2)
+    with pytest.raises(ValueError, match=r"n_scales=2.*112 x 112.*224 x 224.*scales=1"):
+        model.fit(random_images(4, 224, 224, 3))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backbone": "nonsense"}, "no convolutional network"),
+        ({"backbone": "nonsense"}, "is unknown; there are"),
         ({"layer": "nonsense"}, "'nonsense' is unknown"),
         ({"weights": "missing.pth"}, "is not a file"),
     ],

@@ -1,0 +1,1 @@
+"""Where backbones and their weights come from."""
