@@ -18,15 +18,24 @@ import ast
 import csv
 import json
 import multiprocessing
+import pickle
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.base import clone
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.decomposition import PCA
+from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
+from sklearn.mixture import GaussianMixture
+from sklearn.neighbors import NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import OneClassSVM
 
 from skanomaly import (
     DRAEM,
@@ -40,6 +49,9 @@ from skanomaly import (
     DifferNet,
     InTra,
     MemAE,
+    PaDiM,
+    PatchCore,
+    PatchDetector,
     PatchSVDD,
     PNet,
     PuzzleAE,
@@ -52,7 +64,7 @@ from skanomaly.datasets import load_mvtec
 from skanomaly.metrics import localization_scores
 
 MEASURES = ("image AUROC", "pixel AUROC", "pixel AP", "AU-PRO", "F1-max")
-COSTS = ("fit seconds", "seconds per image", "peak MiB")
+COSTS = ("fit seconds", "seconds per image", "peak MiB", "file MiB")
 COLUMNS = ("set", "method", "settings", "size", "seed", *MEASURES, *COSTS)
 
 
@@ -111,6 +123,16 @@ METHODS = {
     "smai": SMAI,
     "spade": SPADE,
     "vae": VariationalAutoencoder,
+    "padim": PaDiM,
+    "patchcore": PatchCore,
+    "patch_pca": PatchDetector,
+    "patch_forest": partial(PatchDetector, IsolationForest()),
+    "patch_gaussian": partial(PatchDetector, GaussianMixture()),
+    "patch_kmeans": partial(PatchDetector, MiniBatchKMeans(500, n_init=1)),
+    "patch_neighbors": partial(PatchDetector, NearestNeighbors(n_neighbors=1)),
+    "patch_svm": partial(
+        PatchDetector, make_pipeline(PCA(50), OneClassSVM(nu=0.01)), max_patches=5000
+    ),
 }
 
 
@@ -212,6 +234,7 @@ def measure(options, name, method, seed):
         "fit seconds": fit_seconds,
         "seconds per image": seconds_per_image,
         "peak MiB": peak / 1024**2 if sys.platform == "darwin" else peak / 1024,
+        "file MiB": len(pickle.dumps(detector)) / 1024**2,
     }
 
 
