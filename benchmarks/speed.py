@@ -23,6 +23,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import resource
 import subprocess
@@ -41,6 +42,7 @@ import skanomaly
 from skanomaly._fitting import loop
 from skanomaly._fitting.batches import resolve_device
 from skanomaly._fitting.loop import _descend, _in_precision, autocast, seeded_generator
+from skanomaly._patches import PatchwiseDetector
 from skanomaly._tensors import losses
 from skanomaly._tensors.neighbors import QUERY_CHUNK, TILE, on_device
 from skanomaly.methods import descargan
@@ -49,6 +51,9 @@ from skanomaly.metrics import localization_scores
 BRIEF = {"max_epochs": 1, "n_iter_no_change": None}
 METHODS = {
     "SPADE": {"backbone": "resnet18", "weights": None, "image_score": "max"},
+    "PatchDetector": {"weights": None},
+    "PatchCore": {"backbone": "resnet18", "weights": None},
+    "PaDiM": {"weights": None},
     "DifferNet": {
         "backbone": "resnet18",
         "layer": "layer3",
@@ -77,8 +82,26 @@ METHODS = {
     "RIAD": {"width": 16, **BRIEF},
     "SCADN": {"width": 16, "n_blocks": 4, "critic_width": 16, **BRIEF},
     "SMAI": {"width": 16, "n_segments": 20, **BRIEF},
+    "PatchSVDD": {"patch_size": 16, "strides": (4, 8), "n_repeats": 1, **BRIEF},
+    "FCDD": {
+        "architecture": "cnn32",
+        "width": 32,
+        "weights": None,
+        "optimizer": "adam",
+        "batch_size": 16,
+        "loss": "pixel",
+        **BRIEF,
+    },
+    "PuzzleAE": {
+        "width": 16,
+        "critic_width": 16,
+        "permutations": "transpositions",
+        "batch_size": 4,
+        **BRIEF,
+    },
     "DeScarGAN": {"width": 12, "critic_width": 12, "image_score": "map", **BRIEF},
 }
+UNTRAINED = "SPADE", "PatchDetector", "PatchCore", "PaDiM"
 GROWING = {
     "SPADE": {**METHODS["SPADE"], "gallery_size": 10},
     "DifferNet": {**METHODS["DifferNet"], "n_transforms_test": 2, "n_transforms": 1},
@@ -402,18 +425,7 @@ class Scoring:
         with recorder.recording() as calls:
             self.full()
         self.calls = list(calls)
-        self.products = []
-        if isinstance(detector, skanomaly.SPADE):
-            for gallery in detector.gallery_.values():
-                positions, channels = np.prod(gallery.shape[1:3]), gallery.shape[3]
-                n = min(detector.gallery_size, len(gallery)) * positions
-                rows = torch.rand(n, channels, device=self.device)
-                queries = rows.new_ones(len(X) * positions, channels)
-                # images that have all galleries in common are searched together
-                together = len(queries) if n == len(gallery) * positions else positions
-                together = min(together, on_device(QUERY_CHUNK, rows))
-                found = queries.new_empty(together, TILE)
-                self.products.append((queries.split(together), rows.split(TILE), found))
+        self.products = list(products_of(detector, len(X), self.device))
 
     @property
     def has_filters(self):
@@ -435,9 +447,56 @@ class Scoring:
                     module(*arguments, **named)
         if not filters:
             return
-        for chunks, tiles, found in self.products:
-            for chunk, tile in itertools.product(chunks, tiles):
-                torch.mm(chunk, tile.T, out=found[: len(chunk), : len(tile)])
+        for product in self.products:
+            product()
+
+
+def products_of(detector, n, device):
+    """Yield functions that make the products without which n images have no scores."""
+    if isinstance(detector, skanomaly.SPADE):
+        for gallery in detector.gallery_.values():
+            positions = math.prod(gallery.shape[1:3])
+            n_rows = min(detector.gallery_size, len(gallery)) * positions
+            # images that have all galleries in common are searched together
+            is_common = n_rows == len(gallery) * positions
+            together = n * positions if is_common else positions
+            yield search(n * positions, n_rows, gallery.shape[3], together, device)
+    elif isinstance(detector, skanomaly.PatchSVDD):
+        for gallery in detector.gallery_.values():
+            n_images, *grid, channels = gallery.shape
+            queries = n * math.prod(grid)
+            rows = n_images * math.prod(grid)
+            yield search(queries, rows, channels, queries, device)
+    elif isinstance(detector, PatchwiseDetector):
+        height, width, channels = detector.image_shape_
+        with torch.inference_mode():
+            patches = detector._patches(
+                torch.rand(n, channels, height, width).to(device)
+            )
+        if isinstance(detector, skanomaly.PatchCore):
+            n_queries = patches[..., 0].numel()
+            yield search(n_queries, *detector.bank_.shape, n_queries, device)
+        elif isinstance(detector, skanomaly.PatchDetector):
+            left_out = torch.from_numpy(detector._left_out[1]).to(device)
+            yield lambda: patches @ left_out
+        else:
+            whitening = torch.from_numpy(detector.whitening_).to(device)
+            rows = patches.flatten(1, 2).transpose(0, 1)
+            yield lambda: rows @ whitening.flatten(0, 1).mT
+
+
+def search(n_queries, n_rows, channels, together, device):
+    """Return a function that makes the products of a search, a tile at a time."""
+    rows = torch.rand(n_rows, channels, device=device)
+    queries = rows.new_ones(n_queries, channels)
+    together = min(together, on_device(QUERY_CHUNK, rows))
+    found = queries.new_empty(together, TILE)
+
+    def multiply():
+        for chunk, tile in itertools.product(queries.split(together), rows.split(TILE)):
+            torch.mm(chunk, tile.T, out=found[: len(chunk), : len(tile)])
+
+    return multiply
 
 
 def measure_methods(task, options):
@@ -455,7 +514,7 @@ def measure_methods(task, options):
     y = np.array([1, -1] * 16) if name == "DeScarGAN" else None
     row = {"method": name, "size": size, "precision": precision}
     device = resolve_device(options.device)
-    if name == "SPADE":
+    if name in UNTRAINED:
         detector.fit(X)
         no_step = (*figures("step", [[0, 1, 0]] * 2), "step / networks")
         row |= dict.fromkeys(no_step, "")
@@ -476,7 +535,7 @@ def measure_methods(task, options):
             f"{label} / networks": float(full[1] / (networks or [floor])[0][1])
         }
 
-    if name != "SPADE":
+    if name not in UNTRAINED:
         training.record()
         row |= timed("step", training, prepare=training.restore)
         training.restore()

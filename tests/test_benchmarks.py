@@ -76,13 +76,17 @@ def test_restored_weights_are_those_of_the_fit(speed):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("method", ["SPADE", "DeScarGAN"])
+@pytest.mark.parametrize(
+    "method",
+    ["SPADE", "PatchDetector", "PatchCore", "PaDiM", "PatchSVDD", "DeScarGAN"],
+)
 def test_a_row_holds_ratios_to_the_floor_and_to_the_networks(speed, options, method):
     [row] = speed.measure_methods((method, 32, "float32"), options)
     for n in (1, 32):
         is_same = row[f"score {n} / networks"] == row[f"score {n} / floor"]
-        assert is_same == (method != "SPADE")  # of which the search is no network's
-    if method == "SPADE":
+        # products of a search or a projection are no network's
+        assert is_same == (method == "DeScarGAN")
+    if method in speed.UNTRAINED:
         assert row["step / floor"] == ""
     else:
         assert row["step / networks"] == row["step / floor"] > 0

@@ -582,10 +582,11 @@ class PatchSVDD(NetworkDetector):
     def _warn_of_small_images(self):
         height, width, _ = self.image_shape_
         room = math.ceil(ROOM * self.patch_size)
-        if max(height, width) < room:
+        if min(height, width) < room:
             warnings.warn(
-                f"Images of {height} x {width} pixels are padded to {room}, the least "
-                f"for patch_size={self.patch_size}. A smaller one suits them better.",
+                f"Images of {height} x {width} pixels are padded to sides of {room}, "
+                f"the least for patch_size={self.patch_size}. A smaller one suits them "
+                "better.",
                 stacklevel=2,
             )
 
