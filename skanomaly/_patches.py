@@ -1,6 +1,7 @@
 """What the detectors on features of a pretrained network share."""
 
 import os
+import warnings
 from abc import abstractmethod
 from numbers import Integral, Real
 
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike
 from sklearn.utils._param_validation import Interval, StrOptions
 from tqdm.auto import tqdm
 
-from ._fitting.batches import move_network
+from ._fitting.batches import ImageBatches, move_network, resolve_device
 from ._fitting.loop import seeded
 from ._fitting.persistence import (
     HOW_TO_COMPUTE,
@@ -23,7 +24,7 @@ from ._fitting.persistence import (
 )
 from ._tensors.filters import gaussian_blur
 from ._typing import Self, fit_context
-from ._validation import check_default_dtype, check_finite, check_range, warn_of_copies
+from ._validation import check_default_dtype, check_finite, check_range, normal_rows
 from .backbones import (
     Backbone,
     FeatureMemory,
@@ -118,11 +119,16 @@ class FeatureDetector(BaseDetector):
         return X
 
     def _check_settings(self):
-        if self.layers is not None and not self.layers:
+        layers = self._wanted_layers
+        if not layers:
             raise ValueError(
                 f"layers is empty; {type(self).__name__} needs at least one layer."
             )
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"layers={layers!r} names a layer twice.")
         if self.backbone != "precomputed":
+            with torch.device("meta"):
+                Backbone(self.backbone, layers)  # refuses unknown names
             check_backbone_takes(self.backbone, self.image_shape_)
 
     def _load_backbone(self, images, *, with_last_stage=False):
@@ -167,10 +173,10 @@ class PatchwiseDetector(FeatureDetector):
 
     def _load_backbone(self, images):
         super()._load_backbone(images)
-        forget(self, "_layer_keys")
-        if self.memory is not None and self.backbone != "precomputed":
+        if self.backbone != "precomputed":
             self._layer_keys = layer_keys(self.network_)
-            self._remembering().tidy()
+            if self.memory is not None:
+                self._remembering().tidy()
 
     def _remembering(self):
         return FeatureMemory(
@@ -178,7 +184,7 @@ class PatchwiseDetector(FeatureDetector):
         )
 
     def _features(self, images):
-        if hasattr(self, "_layer_keys"):
+        if self.memory is not None and self.backbone != "precomputed":
             return self._remembering()(images)
         return super()._features(images)
 
@@ -203,7 +209,8 @@ class PatchwiseDetector(FeatureDetector):
 class GrowingDetector(PatchwiseDetector):
     """Base of the detectors of patches to which further images can be added.
 
-    A method writes ``_update(images)`` beside ``_fit`` and ``_judge``.
+    A method writes ``_update(images)`` beside ``_fit``, which ends with ``_learned``,
+    and ``_judge``.
     """
 
     _parameter_constraints = {
@@ -214,10 +221,17 @@ class GrowingDetector(PatchwiseDetector):
 
     _kept_names = (
         *PatchwiseDetector._kept_names,
+        "_seen",
         "_training_degrees",
         "_training_peaks",
     )
     _judged_by = (*PatchwiseDetector._judged_by, "image_score")
+
+    def _learned(self, images, degrees, peaks):
+        """Note what `partial_fit` goes on with; return what ``_fit`` does."""
+        self._seen = np.unique(images.keys)
+        self._training_degrees, self._training_peaks = degrees, peaks
+        return degrees, peaks
 
     @abstractmethod
     def _update(self, images):
@@ -246,23 +260,44 @@ class GrowingDetector(PatchwiseDetector):
         with unchanged_if_refused(self):
             check_default_dtype()
             X = self._check_X(X, reset=False)
-            images, _ = self._training_images(X, self._check_y(y, len(X)))
-            check_range(self, images.array, seen=self._value_range)
-            warn_of_copies(images.groups)
+            check_range(self, X, seen=self._value_range)
+            images = self._unseen_images(X, self._check_y(y, len(X)))
+            if not len(images):
+                return self
             if hasattr(self, "network_"):
                 move_network(self.network_, images.device)
-            degrees, peaks = self._update(images)
+            with torch.inference_mode(False):
+                degrees, peaks = self._update(images)
             check_finite(self, degrees, peaks)
+            self._seen = np.concatenate([self._seen, images.keys])
         self._training_degrees = np.concatenate([self._training_degrees, degrees])
         self._training_peaks = np.concatenate([self._training_peaks, peaks])
         self._set_thresholds(self._training_degrees, self._training_peaks)
         return self
 
+    def _unseen_images(self, X, labels):
+        """Return the normal images among X, each once, that were not learned before."""
+        rows = np.arange(len(X))
+        if labels is not None:
+            rows = normal_rows(self, labels, least=1)
+        images = ImageBatches(X, resolve_device(self.device, X), rows)
+        _, first = np.unique(images.keys, return_index=True)
+        is_new = np.isin(np.arange(len(rows)), first)
+        is_new &= ~np.isin(images.keys, self._seen)
+        if n_known := int((~is_new).sum()):
+            warnings.warn(
+                f"{n_known} of the {len(rows)} images are copies of others, here or "
+                "among those learned before, and are left out.",
+                stacklevel=4,
+            )
+        return ImageBatches(X, images.device, rows[is_new])
+
     def _refuse_changes(self):
         as_fitted(self)  # refuses what fit would refuse
-        taken = (*HOW_TO_COMPUTE, *self._judged_by, "contamination")
         for name, value in self._built_from.items():
-            if name not in taken and is_other(getattr(self, name), value):
+            if name not in (*HOW_TO_COMPUTE, "contamination") and is_other(
+                getattr(self, name), value
+            ):
                 raise ValueError(
                     f"partial_fit goes on with what was fitted, but {name}="
                     f"{getattr(self, name)!r} was {value!r} then. Set it back, or call "

@@ -588,13 +588,13 @@ def _labels_as_array(y):
         raise ValueError(f"y must be an array of {rule}: {error}") from error
 
 
-def normal_rows(estimator, labels):
-    """Return the rows of the normal images, of which two at least are needed."""
+def normal_rows(estimator, labels, least=2):
+    """Return the rows of the normal images, of which ``least`` are needed."""
     normal = np.flatnonzero(labels == 1)
-    if len(normal) < 2:
+    if len(normal) < least:
         raise ValueError(
             f"{type(estimator).__name__} learns from normal images (label +1) and "
-            f"needs 2 or more, but y marks n_samples = {len(normal)}."
+            f"needs {least} or more, but y marks n_samples = {len(normal)}."
         )
     return normal
 

@@ -451,7 +451,8 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         self.device = device
         self.random_state = random_state
 
-    _judged_by = ("pool", "memory")
+    _judged_by = ("pool",)
+    _kept_names = (*PersistentNetwork._kept_names, "_layer_keys")
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -481,6 +482,7 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         with seeded(check_random_state(self.random_state).randint(2**31 - 1)):
             network = make_backbone(self.backbone, self.layers, self.weights)
         self.network_ = channels_last(network.to(resolve_device(self.device, X)))
+        self._layer_keys = layer_keys(self.network_)
         self._built_from = plain_parameters(self)
         self._value_range = tuple(check_range(self, X))
         return self
@@ -537,9 +539,12 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         """Yield the features of one batch after the other."""
         read = self.network_
         if self.memory is not None:
-            keys = layer_keys(self.network_)
             read = FeatureMemory(
-                self.memory, self.network_, keys, self.precision, pool=self.pool
+                self.memory,
+                self.network_,
+                self._layer_keys,
+                self.precision,
+                pool=self.pool,
             )
             read.tidy()
         for rows in gen_batches(len(images), self.batch_size):

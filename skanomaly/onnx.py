@@ -67,8 +67,9 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
     method draws for every call are those of its seed, stored as constants.
 
     DifferNet, whose maps are gradients, SMAI, whose superpixels differ in number from
-    image to image, SPADE with an approximate index, MNAD with ``update_at_test`` and
-    DeScarGAN's classifier cannot be exported.
+    image to image, SPADE and PatchSVDD with an approximate index, PatchDetector with
+    another estimator than a PCA, MNAD with ``update_at_test`` and DeScarGAN's
+    classifier cannot be exported.
 
     Needs the packages of ``pip install skanomaly[onnx]``.
 
@@ -94,6 +95,8 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
     checked_offset(detector)  # warns
     onnx = _import_onnx()
     detector = copy.copy(detector).set_params(precision="float32", device="cpu")
+    if hasattr(detector, "memory"):
+        detector.set_params(memory=None)
     detector.network_ = copy.deepcopy(detector.network_).cpu()
     detector = as_fitted(detector)
     graph = (detector._as_module() or JudgingModule(detector)).eval()

@@ -679,7 +679,7 @@ JUDGES = {
     "InTra": {"reference": "none", "smoothing_size": 200},
     "SMAI": {"n_segments": 4, "compactness": 1e-3, "smoothing_size": 200},
     "PatchDetector": {"sigma": 100.0, "image_score": "top"},
-    "PatchCore": {"sigma": 100.0, "image_score": "top", "n_reweighting_neighbors": 3},
+    "PatchCore": {"sigma": 100.0, "image_score": "top"},
     "PaDiM": {"sigma": 100.0},
     "PatchSVDD": {"combination": "sum"},
     "FCDD": {"sigma": 50.0, "image_score": "max"},

@@ -71,6 +71,15 @@ def run(path, X):
     return session.run(["maps", "scores"], {"images": X}), session
 
 
+def test_a_memory_of_features_does_not_hinder(tmp_path, small):
+    X, X_test = images(6), images(2, seed=1)
+    detector = small("PatchDetector", memory=tmp_path / "memory").fit(X)
+    export(detector, tmp_path / "detector.onnx", batch_size=2)
+    (_, scores), _ = run(tmp_path / "detector.onnx", X_test)
+    expected = detector.score_samples(X_test)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize(("name", "settings"), EXPORTABLE)
 def test_maps_and_scores_are_those_of_the_detector(name, settings, tmp_path, small):
     X, X_test = images(12), images(2, seed=1)

@@ -112,10 +112,14 @@ class ImageBatches:
         return len(self.rows)
 
     @functools.cached_property
+    def keys(self):
+        """Return a text for each image (n,), which only equal images share."""
+        return np.array([content_key(self.array[row]) for row in self.rows])
+
+    @functools.cached_property
     def groups(self):
         """Return a number for each image (n,), which only equal images share."""
-        keys = [content_key(self.array[row]) for row in self.rows]
-        return np.unique(np.array(keys), return_inverse=True)[1]
+        return np.unique(self.keys, return_inverse=True)[1]
 
     def __getitem__(self, index):
         """Return the images of some rows as float32: (b, C, H, W) or (b, C, T, H, W).

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .._tensors.filters import no_autocast
 from .processes import Processes
 
 FIRST_SECONDS = 60
@@ -229,10 +230,14 @@ def seeded_generator(seed):
 
 
 def autocast(device, precision):
-    """Return the context in which networks compute in ``precision`` on ``device``."""
+    """Return the context in which networks compute in ``precision`` on ``device``.
+
+    What the caller has switched on does not count.
+    """
+    device_type = torch.device(device).type
     if precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+        return no_autocast(device_type)
+    return torch.autocast(device_type, dtype=torch.bfloat16)
 
 
 def train(

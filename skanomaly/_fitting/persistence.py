@@ -10,13 +10,14 @@ from numbers import Integral, Real
 import numpy as np
 import sklearn
 import torch
+from sklearn.base import BaseEstimator
 
 from .. import version
 
 # of a fit, but of no use in another process
 NOT_IN_FILES = ("_optimizers", "_has_shared_weights")
 # parameters that change no result but by rounding
-HOW_TO_COMPUTE = ("batch_size", "device", "precision", "verbose")
+HOW_TO_COMPUTE = ("batch_size", "device", "memory", "precision", "verbose")
 
 
 def forget(estimator, *names):
@@ -258,7 +259,9 @@ def _leaves(value, path=()):
             yield from _leaves(item, (*path, number))
     elif isinstance(value, np.ndarray) and value.dtype.hasobject:
         yield from _leaves(value.tolist(), path)
-    elif type(value).__module__.startswith(f"{__name__.partition('.')[0]}."):
+    elif isinstance(value, BaseEstimator) or type(value).__module__.startswith(
+        f"{__name__.partition('.')[0]}."
+    ):
         yield from _leaves(vars(value), path)
     else:
         yield path, value
@@ -390,7 +393,7 @@ def _to_tensor(array):
 
 
 def plain_parameters(estimator):
-    """Return the parameters of an estimator that are numbers, strings or tuples.
+    """Return the parameters of an estimator that are numbers, texts, paths or tuples.
 
     Parameters
     ----------
@@ -405,7 +408,7 @@ def plain_parameters(estimator):
     return {
         name: value
         for name, value in estimator.get_params(deep=False).items()
-        if isinstance(value, (Real, str, tuple, list, type(None)))
+        if isinstance(value, (Real, str, os.PathLike, tuple, list, type(None)))
     }
 
 

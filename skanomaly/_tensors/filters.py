@@ -10,7 +10,7 @@ import torch.nn.functional as F
 BLOCK = 64
 
 
-def _no_autocast(device_type):
+def no_autocast(device_type):
     """Return the context that ends autocast; not every device knows autocast."""
     if device_type in ("cpu", "cuda"):
         return torch.autocast(device_type, enabled=False)
@@ -33,7 +33,7 @@ def full_precision(function):
 
     @functools.wraps(function)
     def wrapper(first, *args, **kwargs):
-        with _no_autocast(first.device.type):
+        with no_autocast(first.device.type):
             return function(
                 convert(first),
                 *map(convert, args),

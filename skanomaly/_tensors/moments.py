@@ -23,7 +23,9 @@ class Moments:
 
     @classmethod
     def empty(cls, n_groups, n_features, *, dtype, device):
-        """Return the moments of no rows."""
+        """Return the moments of no rows; what a device cannot sum up, the CPU does."""
+        if torch.device(device).type == "mps" and dtype == torch.float64:
+            device = "cpu"
         settings = {"dtype": dtype, "device": device}
         return cls(
             torch.zeros(n_groups, n_features, **settings),
@@ -40,7 +42,7 @@ class Moments:
             Rows of each group.
         """
         # products of what is left after the batch's own mean keep their digits
-        rows = rows.to(self.mean.dtype)
+        rows = rows.to(self.mean)
         mean = rows.mean(dim=1)
         centred = rows - mean[:, None]
         step = mean - self.mean

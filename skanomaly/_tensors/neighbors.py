@@ -219,7 +219,7 @@ def farthest_rows(rows, *, generator, n_start=10):
     Parameters
     ----------
     rows : torch.Tensor of shape (n, d)
-        What is chosen from.
+        What is chosen from. Far from the origin, rounding swallows small distances.
     generator : torch.Generator
         What the first rows are drawn from.
     n_start : int, default=10
@@ -245,7 +245,6 @@ def farthest_rows(rows, *, generator, n_start=10):
     Theoretical Computer Science 38, 1985.
     """
     n = len(rows)
-    rows = rows - rows.mean(dim=0)
     norms = rows.square().sum(dim=1)
     start = rows[torch.randperm(n, generator=generator)[:n_start].to(rows.device)]
     nearest = torch.cat(

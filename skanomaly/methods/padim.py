@@ -100,8 +100,9 @@ class PaDiM(PatchwiseDetector):
     Departures: features are summed up while the images pass once, so that no array of
     all features is made, and the map is smoothed after it was enlarged. Thresholds are
     those of each image by the Gaussians of all others, which follow from the distances
-    at hand (its 0.01 is larger by one part in the number of images); copies of an image
-    are no others.
+    at hand; copies of an image are no others. Their 0.01 is larger by the share of the
+    image and its copies, which makes the thresholds of n images up to
+    ``sqrt((n - 2) / (n - 1))`` too low where there are more channels than images.
 
     A fitted detector holds ``d**2`` numbers for each position: 160 MB for images of
     256 pixels and 100 channels. Images must be aligned.
@@ -277,10 +278,18 @@ def inverse_factors(moments):
         plus 0.01 on its diagonal.
     """
     d = moments.scatter.shape[2]
-    identity = torch.eye(d, dtype=torch.float64, device=moments.scatter.device)
+    device = moments.scatter.device
+    device = "cpu" if device.type == "mps" else device  # which has no float64
+    identity = torch.eye(d, dtype=torch.float64, device=device)
     for part in moments.scatter.split(POSITIONS_AT_ONCE):
-        covariance = part.double() / (moments.count - 1) + REGULARIZATION * identity
-        factors = torch.linalg.cholesky(covariance)
+        covariance = part.to(identity) / (moments.count - 1) + REGULARIZATION * identity
+        factors, failed = torch.linalg.cholesky_ex(covariance)
+        if failed.any():
+            raise ValueError(
+                "The features have a covariance that cannot be inverted: their scale "
+                f"is {covariance.abs().max().sqrt():.2g}, and in float32 0.01 beside "
+                "it is lost. Other weights or layers, or features divided by it, help."
+            )
         part.copy_(torch.linalg.solve_triangular(factors, identity, upper=False))
     return moments.scatter
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from sklearn.base import clone, is_classifier, is_clusterer, is_regressor
 from sklearn.decomposition import PCA, IncrementalPCA
+from sklearn.pipeline import Pipeline
 from sklearn.utils._param_validation import HasMethods, Interval
 
 from .._fitting.batches import degrees_and_peaks
@@ -36,6 +37,13 @@ def _can_grow(detector):
     raise AttributeError(f"{type(estimator).__name__} has no partial_fit.")
 
 
+def _last(estimator):
+    """Return the last step of a pipeline, or the estimator itself."""
+    while isinstance(estimator, Pipeline):
+        estimator = estimator[-1]
+    return estimator
+
+
 def _by_residual(estimator, rows):
     residuals = rows - estimator.inverse_transform(estimator.transform(rows))
     return np.square(residuals).sum(axis=1)
@@ -48,7 +56,7 @@ def _by_score(estimator, rows):
 def _by_decision(estimator, rows):
     decisions = estimator.decision_function(rows)
     # PyOD's estimators, which have these scores, call high what is anomalous
-    return decisions if hasattr(estimator, "decision_scores_") else -decisions
+    return decisions if hasattr(_last(estimator), "decision_scores_") else -decisions
 
 
 def _by_neighbors(estimator, rows):
@@ -93,23 +101,29 @@ def rule_of(estimator):
     >>> rule_of(PCA()).__name__
     '_by_residual'
     """
-    name = type(estimator).__name__
+    name, last = type(estimator).__name__, _last(estimator)
+    if getattr(last, "novelty", None) is False:
+        raise ValueError(
+            f"estimator={name}: {type(last).__name__} judges only what it was fitted "
+            "on; set novelty=True."
+        )
+    if getattr(last, "fit_inverse_transform", None) is False:
+        raise ValueError(
+            f"estimator={name}: {type(last).__name__} gives nothing back that could "
+            "be compared; set fit_inverse_transform=True."
+        )
     # estimators of other packages need not have tags
-    if hasattr(estimator, "__sklearn_tags__"):
-        if is_classifier(estimator) or is_regressor(estimator):
-            raise ValueError(
-                f"estimator={name} learns from labels of its rows, and patches of "
-                "normal images have none."
-            )
-        if is_clusterer(estimator) and hasattr(estimator, "transform"):
-            return _by_centers
-        if getattr(estimator, "novelty", None) is False:
-            raise ValueError(
-                f"estimator={name} judges only what it was fitted on; set novelty=True."
-            )
+    has_tags = hasattr(estimator, "__sklearn_tags__")
+    if has_tags and (is_classifier(estimator) or is_regressor(estimator)):
+        raise ValueError(
+            f"estimator={name} learns from labels of its rows, and patches of normal "
+            "images have none."
+        )
     for method, rule in RULES.items():
         if hasattr(estimator, method):
             return rule
+    if has_tags and is_clusterer(estimator) and hasattr(estimator, "transform"):
+        return _by_centers
     raise ValueError(
         f"estimator={name} has none of the methods {', '.join(RULES)}, and no centres "
         "of clusters, so that it cannot tell how anomalous a patch is."
@@ -129,8 +143,8 @@ class PatchDetector(GrowingDetector):
     estimator : estimator, default=None
         An estimator of scikit-learn's kind, which is cloned. Of its methods the first
         of ``inverse_transform``, ``score_samples``, ``decision_function`` and
-        ``kneighbors`` counts; of a clusterer, the distance to the nearest centre. None
-        is a PCA that keeps 99 % of the variance of all patches.
+        ``kneighbors`` counts, else of a clusterer the distance to the nearest centre.
+        None is a PCA that keeps 99 % of the variance of all patches.
     backbone : str, default="resnet18"
         Name of a network of torchvision, "efficientnet_lite0", "timm/NAME", or
         "precomputed" if X is the structured array that ``BackboneFeatures`` returns;
@@ -248,7 +262,12 @@ class PatchDetector(GrowingDetector):
         "max_patches": [Interval(Integral, 2, None, closed="left"), None],
     }
 
-    _kept_names = (*GrowingDetector._kept_names, "_moments", "_left_out")
+    _kept_names = (
+        *GrowingDetector._kept_names,
+        "_moments",
+        "_left_out",
+        "_estimator_was",
+    )
 
     def __init__(
         self,
@@ -292,7 +311,7 @@ class PatchDetector(GrowingDetector):
     def _check_settings(self):
         super()._check_settings()
         if self.estimator is not None:
-            rule_of(self.estimator)
+            rule_of(clone(self.estimator))
 
     def _fit(self, images, labels):
         forget(self, "_moments", "_left_out", "estimator_")
@@ -302,12 +321,22 @@ class PatchDetector(GrowingDetector):
             judged = self._fit_subspace(images)
         else:
             rows = self._drawn_patches(images)
-            self.estimator_ = self._seeded_clone().fit(rows)
+            self.estimator_ = self._seeded_clone()
+            self.estimator_.fit(rows)
             self._find_left_out()
             check_that_something_is_lost(self.estimator_, rows)
             judged = degrees_and_peaks(self._evaluate(images, maps_wanted=True))
-        self._training_degrees, self._training_peaks = judged
-        return judged
+        self._estimator_was = _described(self.estimator)
+        return self._learned(images, *judged)
+
+    def _refuse_changes(self):
+        super()._refuse_changes()
+        if _described(self.estimator) != self._estimator_was:
+            raise ValueError(
+                f"partial_fit goes on with what was fitted, but estimator="
+                f"{self.estimator!r} was {self._estimator_was[0]} then, or had other "
+                "parameters. Set it back, or call fit."
+            )
 
     def _update(self, images):
         if self.estimator is None:
@@ -360,7 +389,8 @@ class PatchDetector(GrowingDetector):
                     )
                 of_folds[fold].add(own.flatten(0, 2)[None])
         is_first = not hasattr(self, "_moments")
-        before = [] if is_first else [self._known_moments(images.device)]
+        device = next(iter(of_folds.values())).mean.device
+        before = [] if is_first else [self._known_moments(device)]
         known = functools.reduce(Moments.merged, [*before, *of_folds.values()])
         self._moments = {
             "mean": known.mean.cpu().numpy(),
@@ -408,6 +438,17 @@ class PatchDetector(GrowingDetector):
             return squared_residuals(patches, *map(shared_tensor, self._left_out))
         rows = patches.flatten(0, 2).cpu().numpy()
         values = np.asarray(rule_of(self.estimator_)(self.estimator_, rows))
+        name = type(self.estimator_).__name__
+        if values.shape != (len(rows),):
+            raise ValueError(
+                f"estimator={name} has answered {len(rows)} rows by an array of shape "
+                f"{values.shape}; wanted is one value a row."
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"estimator={name} has answered NaN or infinity to the features of "
+                "patches."
+            )
         values = torch.from_numpy(values.astype(np.float32)).to(patches.device)
         return values.view(patches.shape[:3])
 
@@ -467,6 +508,13 @@ def squared_residuals(patches, mean, left_out):
     return ((patches - mean) @ left_out).square().sum(dim=-1)
 
 
+def _described(estimator):
+    """Return what tells an estimator from another: its name, and its parameters."""
+    if estimator is None:
+        return "None", ""
+    return type(estimator).__name__, repr(clone(estimator).get_params())
+
+
 def drawn_folds(groups, generator):
     """Draw a number from 0 to 4 for each image (n,), the same for equal groups."""
     n_groups = int(groups.max()) + 1
@@ -510,7 +558,8 @@ def fitted_pca(moments):
     pca.explained_variance_ = variances[:n_kept]
     pca.explained_variance_ratio_ = shares[:n_kept]
     pca.singular_values_ = np.sqrt(variances[:n_kept] * max(1, count - 1))
-    pca.noise_variance_ = variances[n_kept:].mean()
+    left_out = variances[n_kept : min(count, len(shares))]
+    pca.noise_variance_ = left_out.mean() if len(left_out) else 0.0
     pca.n_components_ = n_kept
     pca.n_samples_ = count
     pca.n_features_in_ = len(shares)

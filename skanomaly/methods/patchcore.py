@@ -5,12 +5,13 @@ lies far from a stored one. A patch is as anomalous as it is far from all of the
 an image as its most anomalous patch.
 """
 
+from functools import partial
 from itertools import islice
 from numbers import Integral, Real
 
 import numpy as np
 import torch
-from sklearn.utils._param_validation import Interval
+from sklearn.utils._param_validation import Interval, Options
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -37,7 +38,7 @@ class PatchCore(GrowingDetector):
     n_reweighting_neighbors : int, default=0
         Number of kept patches, the nearest one and those about it, by which the score
         of an image is weighted: it falls where they are as near to the image's patch.
-        0 takes the distance as it is.
+        2 or more; 0 takes the distance as it is.
     backbone : str, default="wide_resnet50_2"
         Name of a network of torchvision, "efficientnet_lite0", "timm/NAME", or
         "precomputed" if X is the structured array that ``BackboneFeatures`` returns;
@@ -117,8 +118,8 @@ class PatchCore(GrowingDetector):
     - Thresholds come from distances to the patches of other images, and copies are no
       others: the distance of a training image to its own patches says little.
 
-    A fit holds the features of all patches, and once more their projections: 240
-    images of 256 pixels and 384 channels take 380 and 126 MB. ``partial_fit`` adds the
+    A fit holds the features of all patches and their projections: 240 images of 256
+    pixels and 384 channels take 380 and 126 MB. ``partial_fit`` adds the
     patches of new images to those kept and thins them out to the same share of all
     that were seen.
 
@@ -140,11 +141,13 @@ class PatchCore(GrowingDetector):
     _parameter_constraints = {
         **GrowingDetector._parameter_constraints,
         "coreset": [Interval(Real, 0, 1, closed="right")],
-        "n_reweighting_neighbors": [Interval(Integral, 0, None, closed="left")],
+        "n_reweighting_neighbors": [
+            Options(Integral, {0}),
+            Interval(Integral, 2, None, closed="left"),
+        ],
     }
 
     _kept_names = (*GrowingDetector._kept_names, "_groups", "_n_patches")
-    _judged_by = (*GrowingDetector._judged_by, "n_reweighting_neighbors")
 
     def __init__(
         self,
@@ -189,9 +192,7 @@ class PatchCore(GrowingDetector):
         self.bank_ = np.empty((0, 0), np.float32)
         self._groups = np.empty(0, np.int64)
         self._n_patches = 0
-        judged = self._update(images)
-        self._training_degrees, self._training_peaks = judged
-        return judged
+        return self._learned(images, *self._update(images))
 
     def _update(self, images):
         """Add the patches of images, thin out, and judge the images by others."""
@@ -206,9 +207,11 @@ class PatchCore(GrowingDetector):
             rows = torch.cat([kept, rows])
             of_rows = np.concatenate([self._groups, of_rows])
         n_kept = max(1, round(self.coreset * self._n_patches))
-        chosen = self._coreset(rows, n_kept)
-        self.bank_ = rows[chosen].cpu().numpy()
-        self._groups = of_rows[chosen.cpu().numpy()]
+        if n_kept < len(rows):
+            chosen = self._coreset(rows, n_kept)
+            rows, of_rows = rows[chosen.to(rows.device)], of_rows[chosen.numpy()]
+        self.bank_ = rows.cpu().numpy()
+        self._groups = of_rows
         return self._judged_by_others(features, groups)
 
     def _all_patches(self, images):
@@ -222,16 +225,18 @@ class PatchCore(GrowingDetector):
 
     def _coreset(self, rows, n_kept):
         """Return the indices, in their order, of ``n_kept`` of the rows (n, d)."""
-        if n_kept >= len(rows):
-            return torch.arange(len(rows), device=rows.device)
         generator = seeded_generator(self._seed)
+        center = rows.mean(dim=0)
         if rows.shape[1] > PROJECTED_FEATURES:
             shape = rows.shape[1], PROJECTED_FEATURES
             projection = torch.randn(shape, generator=generator)
-            rows = rows @ (projection / PROJECTED_FEATURES**0.5).to(rows.device)
+            projection = (projection / PROJECTED_FEATURES**0.5).to(rows.device)
+            rows = torch.addmm(-center @ projection, rows, projection)
+        else:
+            rows = rows - center
         found = islice(farthest_rows(rows, generator=generator), n_kept)
         shown = tqdm(found, total=n_kept, unit="patch", disable=not self.verbose)
-        return torch.tensor(sorted(shown), device=rows.device)
+        return torch.tensor(sorted(shown))
 
     def _judged_by_others(self, features, groups):
         """Return degrees and maxima of maps of images, by the patches of others.
@@ -241,9 +246,11 @@ class PatchCore(GrowingDetector):
         bank = shared_tensor(self.bank_).to(features.device)
         degrees, peaks = [], []
         for patches, group in zip(features.split(1), groups, strict=True):
-            others = bank[torch.from_numpy(self._groups != group).to(bank.device)]
+            others = self._groups != group
             # of nothing but copies, they are all that there is
-            own, maps = self._judged_patches(patches, others if len(others) else bank)
+            parts = runs_of(others) if others.any() else [slice(None)]
+            search = partial(search_in_parts, parts=parts)
+            own, maps = self._judged_patches(patches, bank, search=search)
             degrees.append(own.item())
             peaks.append(maps.amax().item())
         return np.array(degrees), np.array(peaks)
@@ -260,7 +267,7 @@ class PatchCore(GrowingDetector):
         distances, nearest = search(patches.flatten(0, 2), bank)
         values = distances.view(patches.shape[:3])
         degrees, maps = self._degrees_and_maps(values, maps_wanted)
-        if self.n_reweighting_neighbors:
+        if self.n_reweighting_neighbors and len(bank) > 1:
             worst = values.flatten(1).argmax(dim=1)
             rows = torch.arange(len(worst), device=worst.device)
             queries = patches.flatten(1, 2)[rows, worst]  # (b, d)
@@ -281,6 +288,46 @@ class PatchCore(GrowingDetector):
         return PatchCoreModule(self)
 
 
+def runs_of(mask):
+    """Return the slices within which a mask (n,) is True."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return [slice(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def search_in_parts(queries, gallery, *, parts, n_neighbors=1):
+    """Find what `nearest_distances` finds, in some parts of a gallery.
+
+    Parameters
+    ----------
+    queries : torch.Tensor of shape (n_queries, d)
+        Vectors whose neighbours are sought.
+    gallery : torch.Tensor of shape (n_gallery, d)
+        Vectors among which they are sought; it is not copied.
+    parts : list of slice
+        Rows of the gallery that count.
+    n_neighbors : int, default=1
+        Number of neighbours, at most that of the rows.
+
+    Returns
+    -------
+    distances : torch.Tensor of shape (n_queries, n_neighbors)
+        Distances in ascending order.
+    indices : torch.Tensor of shape (n_queries, n_neighbors)
+        Rows of the gallery.
+    """
+    found, rows = [], []
+    for part in parts:
+        own = gallery[part]
+        distances, indices = nearest_distances(
+            queries, own, n_neighbors=min(n_neighbors, len(own))
+        )
+        found.append(distances)
+        rows.append(indices + (part.start or 0))
+    n_neighbors = min(n_neighbors, sum(own.shape[1] for own in found))
+    distances, order = torch.cat(found, dim=1).topk(n_neighbors, dim=1, largest=False)
+    return distances, torch.cat(rows, dim=1).gather(1, order)
+
+
 class PatchCoreModule(nn.Module):
     """PatchCore with its search as one product."""
 
@@ -288,7 +335,7 @@ class PatchCoreModule(nn.Module):
         super().__init__()
         self.network = detector.network_
         self.detector = (detector,)  # hidden from torch
-        self.register_buffer("bank", torch.from_numpy(detector.bank_))
+        self.register_buffer("bank", shared_tensor(detector.bank_))
 
     def forward(self, images):
         """Return maps (b, H, W) and scores (b,) of images (b, H, W, C)."""

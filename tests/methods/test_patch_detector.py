@@ -1,11 +1,13 @@
-"""Tests of PatchDetector, which stand for the estimators that it takes."""
+"""Tests of PatchDetector with the estimators that it takes and those it refuses."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from sklearn.base import BaseEstimator, OutlierMixin, clone
-from sklearn.cluster import DBSCAN, MiniBatchKMeans
+from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin, clone
+from sklearn.cluster import DBSCAN, FeatureAgglomeration, MiniBatchKMeans
 from sklearn.covariance import EllipticEnvelope
 from sklearn.decomposition import NMF, PCA, IncrementalPCA, KernelPCA
 from sklearn.ensemble import IsolationForest
@@ -187,12 +189,25 @@ class Deciding(OutlierMixin, BaseEstimator):
         return 1 - np.linalg.norm(X - self.center_, axis=1)
 
 
+class PassedThrough(TransformerMixin, BaseEstimator):
+    """Changes nothing, and cannot be inverted."""
+
+    def fit(self, X, y=None):
+        return self
+
+    def transform(self, X):
+        return X
+
+
 def test_decisions_count_with_their_sign(textures):
     far = PatchDetector(OfPyOD(), **NETWORK).fit(textures.X_train)
     low = PatchDetector(Deciding(), **NETWORK).fit(textures.X_train)
     found = far.score_samples(textures.X_test)
     assert_allclose(found, low.score_samples(textures.X_test) - 1, rtol=1e-5)
     assert (found < 0).all()
+    within = PatchDetector(make_pipeline(PassedThrough(), OfPyOD()), **NETWORK)
+    within.fit(textures.X_train)
+    assert_allclose(within.score_samples(textures.X_test), found, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -200,11 +215,16 @@ def test_decisions_count_with_their_sign(textures):
     [
         (DBSCAN(), "DBSCAN has none of the methods inverse_transform, score_samples"),
         (LocalOutlierFactor(), "set novelty=True"),
+        (make_pipeline(PCA(3), LocalOutlierFactor()), "set novelty=True"),
+        (KernelPCA(3), "set fit_inverse_transform=True"),
         (SVC(), "SVC learns from labels"),
         (LinearRegression(), "LinearRegression learns from labels"),
         (make_pipeline(StandardScaler(), DBSCAN()), "Pipeline has none of the methods"),
     ],
-    ids=["none", "novelty", "classifier", "regressor", "pipeline"],
+    ids=[
+        *("none", "novelty", "novelty in a pipeline", "kernel", "classifier"),
+        *("regressor", "pipeline"),
+    ],
 )
 def test_estimators_that_cannot_tell_are_refused(estimator, message, textures):
     detector = PatchDetector(estimator, weights="nowhere.pth", random_state=0)
@@ -233,6 +253,35 @@ def test_residuals_of_other_decompositions(estimator, textures):
     maps = detector.localize(textures.X_test)
     assert (maps >= 0).all()
     assert maps.std() > 0
+
+
+def test_clusters_that_can_be_undone_count_by_residual(textures, rows):
+    detector = PatchDetector(FeatureAgglomeration(8), max_patches=None, **NETWORK)
+    detector.fit(textures.X_train)
+    estimator, test = detector.estimator_, rows[1].reshape(-1, rows[1].shape[-1])
+    residuals = test - estimator.inverse_transform(estimator.transform(test))
+    expected = np.square(residuals).sum(axis=1).reshape(len(textures.X_test), -1)
+    found = -detector.score_samples(textures.X_test)
+    assert_allclose(found, expected.max(axis=1), rtol=1e-4)
+
+
+class Answering(Deciding):
+    """Answers what it is told to."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def decision_function(self, X):
+        return np.full((len(X), 2), 0.5) if self.answer == "two" else X[:, 0] * np.nan
+
+
+@pytest.mark.parametrize(
+    "answer, message", [("two", r"of shape \(512, 2\)"), ("nan", "NaN or infinity")]
+)
+def test_wrong_answers_are_refused(answer, message, textures):
+    detector = PatchDetector(Answering(answer), **NETWORK)
+    with pytest.raises(ValueError, match=f"estimator=Answering.*{message}"):
+        detector.fit(textures.X_train)
 
 
 def test_even_patches_are_refused(textures):
@@ -344,6 +393,28 @@ def test_partial_fit_is_that_of_the_estimator(textures):
     detector.set_params(layers=("layer2",))
     with pytest.raises(ValueError, match=r"layers=\('layer2',\) was None then"):
         detector.partial_fit(textures.X_train)
+    detector = PatchDetector(IncrementalPCA(3), **NETWORK).fit(textures.X_train)
+    for estimator in (None, IncrementalPCA(4), MiniBatchKMeans(3)):
+        detector.set_params(estimator=estimator)
+        with pytest.raises(ValueError, match=r"estimator=.* was IncrementalPCA then"):
+            detector.partial_fit(textures.X_test)
+    detector.set_params(estimator=IncrementalPCA(3), image_score="top")
+    with pytest.raises(ValueError, match=r"image_score='top' was 'max' then"):
+        detector.partial_fit(textures.X_test)
+
+
+def test_partial_fit_leaves_out_what_it_knows(textures):
+    X = textures.X_train
+    detector = PatchDetector(**NETWORK).fit(X[:6])
+    expected = clone(detector).fit(X[:6]).partial_fit(X[6:8])
+    with pytest.warns(UserWarning, match="4 of the 6 images are copies"):
+        detector.partial_fit(X[[0, 1, 6, 6, 7, 7]], [1] * 6)
+    assert_array_equal(
+        detector.score_samples(textures.X_test), expected.score_samples(textures.X_test)
+    )
+    assert detector.offset_ == expected.offset_
+    with pytest.warns(UserWarning, match="1 of the 1 images are copies"):
+        detector.partial_fit(X[:2], [1, -1])
 
 
 # the memory
@@ -383,6 +454,40 @@ def test_a_search_passes_each_image_once(textures, tmp_path, monkeypatch):
     assert len(search.cv_results_["params"]) == 10
     fresh = clone(search.best_estimator_).set_params(memory=None).fit(X, masks)
     assert_array_equal(fresh.score_samples(X), search.best_estimator_.score_samples(X))
+
+
+def test_memory_can_be_switched_off_and_on(textures, tmp_path):
+    X = textures.X_test
+    detector = PatchDetector(memory=tmp_path / "one", **NETWORK).fit(textures.X_train)
+    expected = detector.score_samples(X[:5])
+    n_files = len(list(tmp_path.rglob("*.npy")))
+    detector.set_params(memory=None)
+    detector.score_samples(X)
+    assert len(list(tmp_path.rglob("*.npy"))) == n_files
+    detector.set_params(memory=str(tmp_path / "two"))
+    assert_allclose(detector.score_samples(X[:5]), expected, rtol=1e-5)
+    assert len(list((tmp_path / "two").rglob("*.npy"))) == 2 * 5
+
+
+def test_autocast_of_the_caller_does_not_count(textures):
+    X = textures.X_train
+    expected = PatchDetector(**NETWORK).fit(X).score_samples(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = PatchDetector(**NETWORK).fit(X).score_samples(X)
+    assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "estimator, name",
+    [(NearestNeighbors(n_neighbors=1), "_fit_X"), (None, "components_")],
+)
+def test_files_with_another_estimator_are_refused(textures, estimator, name):
+    detector = PatchDetector(estimator, **NETWORK).fit(textures.X_train)
+    state = detector.__getstate__()
+    state["estimator_"] = copy.deepcopy(state["estimator_"])
+    getattr(state["estimator_"], name).flat[3] += 1
+    with pytest.raises(ValueError, match=r"PatchDetector is damaged"):
+        PatchDetector().__setstate__(state)
 
 
 def test_parameters_of_the_estimator_can_be_searched():

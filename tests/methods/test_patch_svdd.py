@@ -380,7 +380,9 @@ def test_images_of_any_size(size):
 
 def test_small_images_are_padded_with_a_warning():
     X = waves(4, 12)
-    with pytest.warns(UserWarning, match=r"12 x 12 pixels are padded to sides of 14.*size=4"):
+    with pytest.warns(
+        UserWarning, match=r"12 x 12 pixels are padded to sides of 14.*size=4"
+    ):
         model = make().fit(X)
     assert model.localize(X).shape == (4, 12, 12)
 

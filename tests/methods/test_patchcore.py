@@ -80,7 +80,7 @@ def slow_choice(rows, n, generator):
 @pytest.mark.parametrize("block_rows", [7, 64, 1024])
 def test_choice_equals_a_slow_one(monkeypatch, block_rows):
     monkeypatch.setattr(neighbors, "BLOCK_ROWS", block_rows)
-    rows = torch.randn(200, 5, generator=torch.Generator().manual_seed(3)) + 50
+    rows = torch.randn(200, 5, generator=torch.Generator().manual_seed(3))
     expected = slow_choice(rows.double(), 60, torch.Generator().manual_seed(1))
     found = farthest_rows(rows, generator=torch.Generator().manual_seed(1))
     assert list(islice(found, 60)) == expected
@@ -178,6 +178,11 @@ def test_weight_of_the_score(precomputed):
         weight = 1 - np.exp(distances[worst, nearest]) / exponentials.sum()
         expected.append(weight * distances[worst, nearest])
     assert_allclose(-detector.score_samples(test), expected, rtol=1e-3)
+
+
+def test_weight_by_one_neighbor_is_refused(precomputed):
+    with pytest.raises(ValueError, match="n_reweighting_neighbors"):
+        make(n_reweighting_neighbors=1).fit(precomputed[0])
 
 
 # further images
