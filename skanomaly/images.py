@@ -556,7 +556,7 @@ class LoadImages(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : list, array or Series of str or path-like, of length n
-            Paths of image files.
+            Paths of image files. A data frame or array of one column will do.
         y : None
             Ignored.
 
@@ -576,7 +576,7 @@ class LoadImages(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : list, array or Series of str or path-like, of length n
-            Paths of image files.
+            Paths of image files. A data frame or array of one column will do.
 
         Returns
         -------
@@ -659,12 +659,19 @@ def _check_paths(X):
         )
     if not isinstance(X, Iterable):
         raise TypeError(f"X must be a list of paths. Got {X!r}.")
-    if getattr(X, "ndim", 1) != 1:
+    shape = tuple(getattr(X, "shape", ()))
+    if hasattr(X, "columns") and shape[1] != 1:
+        raise TypeError(
+            f"LoadImages wants one column of paths, but X is a data frame of "
+            f"{shape[1]}: {', '.join(map(repr, X.columns))}. Give the one of paths, "
+            "such as X['path']."
+        )
+    if len(shape) > 1 and shape[1:] != (1,):
         raise TypeError(
             "LoadImages wants a one-dimensional list of paths, but X has shape "
-            f"{tuple(X.shape)}. Leave LoadImages out if X holds images already."
+            f"{shape}. Leave LoadImages out if X holds images already."
         )
-    paths = list(X)
+    paths = np.asarray(X)[:, 0].tolist() if len(shape) == 2 else list(X)
     if not paths:
         raise ValueError(
             "Found array with 0 sample(s) (shape=(0,)) while a minimum of 1 is "
