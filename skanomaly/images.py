@@ -528,7 +528,7 @@ class LoadImages(TransformerMixin, BaseEstimator):
     See Also
     --------
     ResizeImages : Resize images that are arrays already.
-    skanomaly.datasets.load_mvtec : Load a folder in the layout of MVTec AD.
+    skanomaly.datasets.load_folder : Load images, labels and masks from folders.
 
     Notes
     -----

@@ -147,6 +147,7 @@ def test_a_frame_with_labels_and_masks(parts):
         {label: rows["path"] for label, rows in by_label.items()},
         {label: rows["mask"] for label, rows in reversed(by_label.items())},
     )
+    assert "in order" in data.report
     assert data.classes.tolist() == frame["label"].tolist()
     assert marked(data.masks) == [[], [], [], [2], [3], [1]]
     assert_array_equal(data.y, labels_from(frame["label"], normal="ok"))
@@ -158,6 +159,7 @@ def test_several_folders_and_globs(parts):
     for good in (
         [parts / "fine", parts / "line2/fine"],
         [f"{parts}/**/fine"],
+        f"{parts}/**/fine/**",
         [f"{parts}/fine", f"{parts}/line2/fine/a*.png"],
     ):
         data = load_folder(good)
@@ -248,6 +250,22 @@ def test_masks_of_one_name_go_by_their_folders(parts):
     (parts / "masks/hole/0_mask.png").rename(parts / "masks/crack/0_mask_2.png")
     with pytest.raises(ValueError, match=r"1 image without a mask: .*hole.0\.p"):
         load_folder(parts / "fine", parts / "bad", parts / "masks")
+
+
+def test_masks_of_another_folder_are_not_taken(parts):
+    save(parts / "bad/hole/5.png", image(0))
+    save(parts / "masks/crack/5.png", mask(5))
+    with pytest.raises(ValueError, match=r"t a mask: .*hole.5\.png'; 1 mask .*crack.5"):
+        load_folder(parts / "fine", parts / "bad", parts / "masks")
+
+
+def test_masks_belong_to_bad_images_before_good_ones(parts):
+    """Most sets number good and anomalous images alike."""
+    save(parts / "fine/0.png", image(0))
+    save(parts / "truth/0.png", mask(4))
+    save(parts / "truth/1.png", mask(5))
+    data = load_folder(parts / "fine", parts / "bad/crack", parts / "truth")
+    assert marked(data.masks) == [[], [], [], [], [4], [5]]
 
 
 def test_masks_of_several_lines_go_by_where_they_lie(tmp_path):
@@ -372,6 +390,14 @@ def test_contradictions_are_refused(parts):
         load_folder(parts / "fine", [parts / "bad", parts / "fine/../fine/a.png"])
     with pytest.raises(ValueError, match=r"masks belong to .*bad is None"):
         load_folder(parts / "fine", masks=parts / "masks")
+    two, one = [parts / name for name in BAD[:2]], [parts / BAD[2]]
+    masks = [parts / f"{number}.png" for number in (7, 8, 9)]
+    for number, file in enumerate(masks):
+        save(file, mask(number))
+    with pytest.raises(ValueError, match=r"3 masks without an image"):
+        load_folder(
+            parts / "fine", {"a": two, "b": one}, {"a": masks[:1], "b": masks[1:]}
+        )
     with pytest.raises(ValueError, match=r"keys \['rust'\], so bad must"):
         load_folder(parts / "fine", {"a": parts / "bad"}, {"rust": parts / "masks"})
     for parameters in ({"size": 0}, {"mode": "RGBA"}, {"max_value": 0}):

@@ -295,7 +295,7 @@ def _search(argument, given):
         return [(image, _class_in(path, image)) for image in images], others, False
     if path.exists():
         return [(path, Path(os.path.abspath(path)).parent.name)], {}, True
-    found, skipped = [], {}
+    found, skipped = {}, {}
     matches = sorted(glob.glob(os.fspath(given), recursive=True))
     if not matches:
         raise FileNotFoundError(
@@ -308,9 +308,9 @@ def _search(argument, given):
             skipped[match] = why
             continue
         images, others, _ = _search(argument, match)
-        found += images
+        found = dict(images) | found  # "**" matches folders, and what is in them
         skipped |= others
-    return found, skipped, False
+    return sorted(found.items()), skipped, False
 
 
 def _class_in(folder, image):
@@ -358,6 +358,7 @@ def _paired(good, found_bad, found_masks, masks, bad):
         and found_masks.is_list
         and len(files) == len(images)
         and isinstance(masks, Mapping) == isinstance(bad, Mapping)
+        and (not isinstance(bad, Mapping) or found_bad.names == found_masks.names)
     )
     if in_order:
         for image, mask in zip(images, files, strict=True):
