@@ -223,7 +223,7 @@ def load_mvtec_loco(
     -----
     The published measure of this set, the saturated per-region overlap, needs to know
     how much of each kind of defect is to be found; it is not among
-    :mod:`skanomaly.metrics`.
+    the metrics of this package.
 
     References
     ----------
@@ -384,9 +384,8 @@ def load_visa(
     -------
     data : sklearn.utils.Bunch
         What :func:`load_mvtec` returns. In `masks_test` any value above 0 is anomalous.
-        `defect_test` holds "normal" and the labels in ``image_anno.csv``, such as
-        "chunk of wax missing", several with commas between; "anomaly" where that file
-        does not tell.
+        `defect_test` holds "normal" and the labels that ``image_anno.csv`` gives the
+        images; "anomaly" where it gives none.
 
     Raises
     ------
