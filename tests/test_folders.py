@@ -259,6 +259,16 @@ def test_masks_of_another_folder_are_not_taken(parts):
         load_folder(parts / "fine", parts / "bad", parts / "masks")
 
 
+def test_masks_go_by_all_their_folders(tmp_path):
+    save(tmp_path / "fine/0.png", image(0))
+    for pixel, kind in enumerate(("crack", "hole"), start=1):
+        save(tmp_path / f"bad/{kind}/left/0.png", image(pixel))
+        save(tmp_path / f"masks/{kind}/left/0.png", mask(pixel))
+    data = load_folder(*(tmp_path / name for name in ("fine", "bad", "masks")))
+    assert data.classes.tolist() == ["fine", "crack", "hole"]
+    assert marked(data.masks) == [[], [1], [2]]
+
+
 def test_masks_belong_to_bad_images_before_good_ones(parts):
     """Most sets number good and anomalous images alike."""
     save(parts / "fine/0.png", image(0))
