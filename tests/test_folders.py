@@ -383,7 +383,12 @@ def test_arguments_are_named_in_errors(parts, name):
     for value, kind, message in [
         (parts / "nowhere", FileNotFoundError, rf"{name}='.*nowhere' is no file"),
         (f"{parts}/*.gif", FileNotFoundError, rf"{name}='.*gif' .*matches nothing"),
-        (parts / "empty", FileNotFoundError, rf"{name} holds no image.*Wanted are fol"),
+        ("", FileNotFoundError, f"{name}='' is no file, no folder"),
+        (
+            parts / "empty",
+            FileNotFoundError,
+            rf"{name} .*empty': a folder w.*Wanted are",
+        ),
         ([], FileNotFoundError, f"{name} holds no image"),
         (frame, TypeError, rf"{name} .*frame of 2: 'path', 'label'.*{name}\['path'\]"),
         ([parts / "fine/a.png", None], TypeError, f"{name} .*element 1 .*NoneType"),

@@ -264,8 +264,10 @@ def _found(argument, given, like=None, apart=()):
                 files.append(file)
                 names.append(name if own_name is None else own_name)
     if not files:
-        besides = " besides masks" if apart and IS_MASK in skipped.values() else ""
-        raise FileNotFoundError(f"{argument} holds no image{besides}. {_WANTED}")
+        found = "".join(
+            f", but {str(path)!r}: {why}" for path, why in [*skipped.items()][:1]
+        )
+        raise FileNotFoundError(f"{argument} holds no image{found}. {_WANTED}")
     return _Found(files, names, skipped, is_list)
 
 
@@ -286,14 +288,14 @@ def _listed(argument, given):
 def _search(argument, given):
     """Return images with the names of their classes, what is skipped, and if a file."""
     path = Path(given)
-    if path.is_dir():
+    if os.path.isdir(given):  # to pathlib "" is where we are
         images, others = look_through(path, recursive=True)
         if argument != "masks":
             _check_kind(argument, path, images)
         if not images:
             others[path] = EMPTY
         return [(image, _class_in(path, image)) for image in images], others, False
-    if path.exists():
+    if os.path.exists(given):
         return [(path, Path(os.path.abspath(path)).parent.name)], {}, True
     found, skipped = {}, {}
     matches = sorted(glob.glob(os.fspath(given), recursive=True))
