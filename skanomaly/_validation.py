@@ -159,9 +159,11 @@ def holds_paths(X):
     """Return whether X is a path, or holds paths instead of images."""
     if not isinstance(X, (list, tuple, np.ndarray)) and not hasattr(X, "iloc"):
         return isinstance(X, (str, os.PathLike))
-    if getattr(X, "ndim", 1) != 1 or len(X) == 0:
+    if getattr(X, "shape", ())[1:] not in ((), (1,)) or len(X) == 0:
         return False
     first = X.iloc[0] if hasattr(X, "iloc") else X[0]
+    if getattr(X, "ndim", 1) == 2:  # of one column
+        first = first.iloc[0] if hasattr(X, "iloc") else first[0]
     return isinstance(first, (str, os.PathLike))
 
 

@@ -20,7 +20,7 @@ from sklearn.utils.validation import _num_samples, check_is_fitted
 from ._fitting.batches import content_key
 from ._fitting.persistence import forget
 from ._typing import ImagesOrPaths, Self, available_if, fit_context
-from ._validation import required_labels, warn_of_copies
+from ._validation import holds_paths, required_labels, warn_of_copies
 from .base import BaseDetector
 from .pipeline import final_step, unwrapped, with_maps
 
@@ -423,6 +423,8 @@ def _groups(X, rows):
     images = _safe_indexing(X, rows)
     if hasattr(images, "iloc"):
         images = images.to_numpy()
+    if holds_paths(images):
+        images = np.ravel(images)
     return np.unique(np.array(list(map(_key, images))), return_inverse=True)[1]
 
 

@@ -1,22 +1,31 @@
 """Data sets for visual anomaly detection: at hand, synthetic, or read from a folder."""
 
-import re
-import warnings
-from collections import defaultdict
 from collections.abc import Iterable
-from itertools import chain
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from ._typing import StrPath, validate_params
-from .images import IMAGE_SUFFIXES, LoadImages, find_images, is_hidden, open_image
+from ._datasets.folders import load_folder
+from ._datasets.layouts import load_mvtec, load_mvtec_ad2, load_mvtec_loco, load_visa
+from ._typing import validate_params
+
+__all__ = [
+    "labels_from",
+    "load_folder",
+    "load_mvtec",
+    "load_mvtec_ad2",
+    "load_mvtec_loco",
+    "load_textures",
+    "load_visa",
+    "make_clips",
+    "make_ellipses",
+    "make_moving_shapes",
+]
 
 TEXTURES_DESCR = """\
 Photographed textures with planted defects
@@ -54,11 +63,6 @@ form     the shape is a cross
 Outside of these intervals test videos are made like training videos. A mask is where
 the anomalous shape is.
 """
-
-GOOD_NAMES = {"good", "normal", "ok"}
-MASK_ENDING = re.compile(r"_mask([_-]?[0-9]+)?$")
-HALF = 127  # of the values of 8 bits
-CHROMA_NOISE = 24
 
 _TEXTURES = ("brick", "grass", "gravel")
 _CROP = 128  # side of a crop in pixels of the photograph
@@ -235,320 +239,6 @@ def _scratch(rng, image, others):
 
 
 _DEFECTS = {"hole": _hole, "patch": _patch, "scratch": _scratch, "stain": _stain}
-
-
-def load_mvtec(
-    root: StrPath,
-    category: str,
-    *,
-    size: int | tuple[int, int] | None = None,
-    mode: str = "RGB",
-    max_value: int | None = None,
-    n_jobs: int | None = None,
-) -> Bunch:
-    """Load a category of a data set in the folder layout of MVTec AD.
-
-    The layout is ::
-
-        root/category/train/good/*.png
-        root/category/test/good/*.png
-        root/category/test/DEFECT/NAME.png
-        root/category/ground_truth/DEFECT/NAME_mask.png
-
-    where "good" may also be called "ok" or "normal", in capitals or not. Files in
-    folders further down are read as well; their masks are looked for at the same place
-    below ``ground_truth``. Hidden files and folders are left out. Images may be of any
-    type that :class:`~skanomaly.LoadImages` reads.
-
-    Masks may be called ``NAME.png`` and ``NAME_mask.png`` as well as
-    ``NAME_mask_1.png`` and so on, or be all the images of a folder ``NAME``. Where an
-    image has several masks, a pixel is anomalous if it is so in any of them.
-
-    Parameters
-    ----------
-    root : str or path-like
-        Folder of the data set.
-    category : str
-        Name of the folder of the category, such as "toothbrush".
-    size : int or tuple of int, default=None
-        Height and width in pixels to resize to, (H, W); an integer stands for both.
-        Images are resized with an antialiased bilinear filter, masks to the nearest
-        pixel. None keeps the size of the files, which must then be the same for all.
-    mode : {"RGB", "L"}, default="RGB"
-        Colour (3 channels) or grey (1 channel).
-    max_value : int, default=None
-        The value that counts as white in grey images of 16 bits, such as 4095 for data
-        of 12 bits; values above it come out white. None means 65535, and warns where no
-        value in the images exceeds 4095.
-    n_jobs : int, default=None
-        Number of threads that decode; None means 1, -1 all processors.
-
-    Returns
-    -------
-    data : sklearn.utils.Bunch
-        With the attributes
-
-        X_train : ndarray of shape (n_train, H, W, C)
-            Training images, uint8, all normal.
-        X_test : ndarray of shape (n_test, H, W, C)
-            Test images, uint8, sorted by defect and file name.
-        y_test : ndarray of shape (n_test,)
-            +1 for normal ("good", "ok", "normal") and -1 for anomalous images.
-        masks_test : ndarray of shape (n_test, H, W) or None
-            True where anomalous; the Notes say how masks are read. None if there is no
-            folder ``ground_truth``.
-        defect_test : ndarray of shape (n_test,)
-            Names of the defects, that is, of the folders right under ``test``.
-        paths_train : ndarray of shape (n_train,)
-            Paths of the training images.
-        paths_test : ndarray of shape (n_test,)
-            Paths of the test images.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a folder of the layout, the images in it, or the mask of an anomalous test
-        image is missing.
-    ValueError
-        If a mask is not of the size of its image, or if `size` is None and the images
-        have several sizes.
-    OSError
-        If a file cannot be read.
-
-    Warns
-    -----
-    UserWarning
-        If the mask of an anomalous image is empty or full, or if files that are neither
-        images nor well-known companions of them are skipped.
-
-    See Also
-    --------
-    skanomaly.images.LoadImages : Load images from a list of paths.
-    load_textures : Images that need no folder.
-
-    Notes
-    -----
-    What is anomalous depends on how the mask is stored:
-
-    - Grey of 1, 8, 16 or 32 bits, and colour whose channels are all equal: what is not
-      0. Files of 8 bits with more than three different values, some of them above 127,
-      are taken for masks with soft edges: what is above 127. Numbers of many classes
-      that are spread over 0 to 255 look the same; store them as a palette.
-    - A palette: what is not the background, the index of most pixels on the border.
-    - Colour: what is not the background, the colour of most pixels on the border.
-    - With transparency: if the colours are all the same and the transparency is not,
-      what is opaque, as in a grey file. Otherwise transparency is left out.
-    - JPEG and WebP, whose compression leaves noise around edges: what is farther from 0
-      (or from the background's colour) than half of the farthest pixel.
-
-    References
-    ----------
-    P. Bergmann, M. Fauser, D. Sattlegger, C. Steger. "MVTec AD: A comprehensive
-    real-world dataset for unsupervised anomaly detection." CVPR 2019.
-    https://doi.org/10.1109/CVPR.2019.00982
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> import numpy as np
-    >>> from PIL import Image
-    >>> from skanomaly.datasets import load_mvtec
-    >>> pixels = np.zeros((8, 8), np.uint8)
-    >>> pixels[2:6, 2:6] = 255
-    >>> with tempfile.TemporaryDirectory() as root:
-    ...     for name in ("train/good/0", "test/good/0", "test/hole/0",
-    ...                  "ground_truth/hole/0_mask"):
-    ...         path = Path(root, "cork", f"{name}.png")
-    ...         path.parent.mkdir(parents=True)
-    ...         Image.fromarray(pixels).save(path)
-    ...     data = load_mvtec(root, "cork", mode="L")
-    >>> data.X_train.shape, data.y_test, data.masks_test.sum(axis=(1, 2))
-    ((1, 8, 8, 1), array([ 1, -1]), array([ 0, 16]))
-    """
-    folder = Path(root) / category
-    for needed in (Path(root), folder, folder / "train", folder / "test"):
-        _check_folder(needed, folder)
-    subfolders = _folders(folder / "train")
-    good = [path for path in subfolders if _is_good(path.name)]
-    if not good:
-        _check_folder(folder / "train" / "good", folder)
-    train, skipped_train = _images_in(good)
-    test, skipped_test = _images_in(_folders(folder / "test"))
-    for files, place in ((train, "train/good"), (test, "test")):
-        if not files:
-            raise FileNotFoundError(
-                f"There are no images in {str(folder / place)!r}. Wanted are files "
-                f"ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
-            )
-    stray = [*chain(*find_images(folder / "train"), *find_images(folder / "test"))]
-    not_good = [path for path in subfolders if path not in good]
-    _warn_of_skipped(folder, skipped_train + skipped_test + stray + not_good)
-
-    defects = np.array([path.relative_to(folder / "test").parts[0] for path in test])
-    normal = np.array([_is_good(defect) for defect in defects])
-    masked = (folder / "ground_truth").is_dir()
-    anomalous = np.flatnonzero(~normal & masked)
-    mask_files = _mask_files(folder, [test[i] for i in anomalous])
-
-    loader = LoadImages(size=size, mode=mode, max_value=max_value, n_jobs=n_jobs)
-    images = loader.fit_transform(train + test)
-    masks = None
-    if masked:
-        masks = np.zeros((len(test), *images.shape[1:3]), bool)
-        for i, files in zip(anomalous, mask_files, strict=True):
-            masks[i] = _joined_masks(files, test[i], images.shape[1:3])
-        _warn_of_trivial(masks[anomalous], mask_files)
-    return Bunch(
-        X_train=images[: len(train)],
-        X_test=images[len(train) :],
-        y_test=np.where(normal, 1, -1),
-        masks_test=masks,
-        defect_test=defects,
-        paths_train=np.array([str(path) for path in train]),
-        paths_test=np.array([str(path) for path in test]),
-    )
-
-
-def _check_folder(needed, folder):
-    if not needed.is_dir():
-        raise FileNotFoundError(
-            f"There is no folder {str(needed)!r}. Wanted are "
-            f"{str(folder / 'train' / 'good')!r} with normal images and "
-            f"{str(folder / 'test')!r} with one folder of images for each defect "
-            "and one named 'good'."
-        )
-
-
-def _folders(folder):
-    return sorted(
-        path for path in folder.iterdir() if path.is_dir() and not is_hidden(path)
-    )
-
-
-def _is_good(name):
-    return name.lower() in GOOD_NAMES
-
-
-def _images_in(folders):
-    """Return the images in folders and below, and what else is there."""
-    found = [find_images(folder, recursive=True) for folder in folders]
-    return [[*chain(*files)] for files in zip(*found, strict=True)] or [[], []]
-
-
-def _warn_of_skipped(folder, paths):
-    if paths:
-        warnings.warn(
-            f"{len(paths)} files or folders of {str(folder)!r} are skipped, such as "
-            f"{str(paths[0])!r}: what is read are files ending in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))} in train/good and in the folders "
-            "under test.",
-            stacklevel=3,
-        )
-
-
-def _mask_files(folder, image_files):
-    """Return a list of the files of masks for each image."""
-    by_place = {}
-    for place in {path.parent for path in image_files}:
-        masks = folder / "ground_truth" / place.relative_to(folder / "test")
-        by_name = by_place[place] = defaultdict(list)
-        for path in find_images(masks)[0] if masks.is_dir() else ():
-            for name in {path.stem, MASK_ENDING.sub("", path.stem)}:
-                by_name[name].append(path)
-        for path in _folders(masks) if masks.is_dir() else ():
-            if path.name not in by_name and not (place / path.name).is_dir():
-                by_name[path.name] = find_images(path)[0]
-    result = [by_place[path.parent][path.stem] for path in image_files]
-    for path, files in zip(image_files, result, strict=True):
-        if not files:
-            place = path.parent.relative_to(folder / "test")
-            wanted = folder / "ground_truth" / place / path.stem
-            raise FileNotFoundError(
-                f"The anomalous image {str(path)!r} has no mask: there is neither "
-                f"{wanted}_mask.png nor {wanted}.png, nor either of another image type."
-            )
-    return result
-
-
-def _joined_masks(mask_files, image_file, size):
-    """Return where any mask of an image is anomalous, at another size (H, W)."""
-    with open_image(image_file) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        image_size = (image.height, image.width)
-    joined = np.zeros(image_size, bool)
-    for mask_file in mask_files:
-        mask = _read_mask(mask_file)
-        if mask.shape != image_size:
-            raise ValueError(
-                f"The mask {str(mask_file)!r} has (H, W) = {mask.shape}, but its image "
-                f"{str(image_file)!r} has {image_size}."
-            )
-        joined |= mask
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(int)
-        for new, old in zip(size, image_size, strict=True)
-    )
-    return joined[np.ix_(rows, columns)]
-
-
-def _warn_of_trivial(masks, mask_files):
-    shares = masks.mean(axis=(1, 2))
-    trivial = np.flatnonzero((shares == 0) | (shares == 1))
-    if len(trivial):
-        first = trivial[0]
-        height, width = masks.shape[1:]
-        warnings.warn(
-            f"Masks of anomalous images are empty or full: {len(trivial)} of "
-            f"{len(masks)}, such as {str(mask_files[first][0])!r}, which is "
-            f"{'full' if shares[first] else 'empty'} at {height} x {width} pixels. See "
-            "in the Notes of load_mvtec how masks are read; small defects may also be "
-            "lost where size shrinks the images.",
-            stacklevel=3,
-        )
-
-
-def _read_mask(mask_file):
-    """Return where a mask is anomalous, (H, W); the Notes of `load_mvtec` say how."""
-    with open_image(mask_file) as image:
-        lossy = image.format in ("JPEG", "MPO") or (
-            image.format == "WEBP" and b"VP8L" not in Path(mask_file).read_bytes()
-        )
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "P":
-            indices = np.asarray(image)[:, :, None]
-            return _distances(indices) > 0
-        if image.mode not in ("L", "LA", "RGB", "RGBA"):
-            if len(image.getbands()) == 1:
-                return np.asarray(image) != 0
-            has_alpha = image.mode in ("La", "PA", "RGBa")
-            image = image.convert("RGBA" if has_alpha else "RGB")
-        pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    if pixels.shape[2] in (2, 4):
-        colours, alpha = pixels[:, :, :-1], pixels[:, :, -1:]
-        in_alpha = _is_constant(colours) and not _is_constant(alpha)
-        pixels = alpha if in_alpha else colours
-
-    # a lossy file of greys may have a touch of colour
-    is_grey = np.ptp(pixels, axis=2).max() <= (CHROMA_NOISE if lossy else 0)
-    distances = pixels[:, :, 0] if is_grey else _distances(pixels)
-    if lossy:
-        return distances > distances.max() / 2
-    if is_grey and distances.max() > HALF and len(np.unique(distances)) > 3:
-        return distances > HALF
-    return distances > 0
-
-
-def _is_constant(pixels):
-    return (pixels == pixels[0, 0]).all()
-
-
-def _distances(pixels):
-    """Return how far pixels (H, W, C) are from the most frequent one on the border."""
-    border = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
-    values, counts = np.unique(np.concatenate(border), axis=0, return_counts=True)
-    background = values[counts.argmax()].astype(int)
-    return np.abs(pixels - background).max(axis=2)
 
 
 @validate_params(

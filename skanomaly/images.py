@@ -62,6 +62,10 @@ IMAGE_SUFFIXES = set(FORMATS)
 COMPANION_NAMES = {"thumbs.db", "desktop.ini"}
 COMPANION_SUFFIXES = {".csv", ".json", ".md", ".txt", ".xml"}
 HIDDEN_NAMES = {"__macosx"}  # beside those that begin with a dot
+# Why a file is skipped.
+HIDDEN = "hidden"
+COMPANION = "no image, but a companion of images"
+NO_IMAGE = "not a type of image that is read"
 
 WHITE = 65535  # of 16 bits
 WHITE_OF_TWELVE_BITS = 4095
@@ -209,23 +213,30 @@ def find_images(
     others : list of pathlib.Path
         Other files, sorted, without those that are hidden and the companions.
     """
-    found: tuple[list[Path], list[Path]] = ([], [])
-    for path in _files_below(Path(folder), recursive):
-        suffix = path.suffix.lower()
-        if suffix in IMAGE_SUFFIXES:
-            found[0].append(path)
-        elif not (path.name.lower() in COMPANION_NAMES or suffix in COMPANION_SUFFIXES):
-            found[1].append(path)
-    return sorted(found[0]), sorted(found[1])
+    images, others = look_through(folder, recursive=recursive)
+    return images, [path for path, why in others.items() if why == NO_IMAGE]
 
 
-def is_hidden(path: Path) -> bool:
-    """Tell whether a file or folder is a system's or a program's own."""
-    return path.name.startswith(".") or path.name.lower() in HIDDEN_NAMES
+def look_through(
+    folder: StrPath, *, recursive: bool = False
+) -> tuple[list[Path], dict[Path, str]]:
+    """List the image files of a folder, and why others are none.
 
+    Parameters
+    ----------
+    folder : str or path-like
+        A folder.
+    recursive : bool, default=False
+        Whether to look into the folders below as well; links are followed.
 
-def _files_below(folder, recursive):
-    """Yield the files of a folder that are not hidden; links are followed."""
+    Returns
+    -------
+    images : list of pathlib.Path
+        Files with the suffix of an image, sorted, that are not hidden.
+    others : dict
+        For other files and for hidden folders, sorted, why they are skipped.
+    """
+    images, others = [], {}
     seen = set()  # a link may lead back up
 
     def stop(error):
@@ -233,14 +244,37 @@ def _files_below(folder, recursive):
 
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         seen.add(os.path.realpath(place))
+        if not recursive:
+            folders.clear()
+        inside = [Path(place, name) for name in folders]
+        found = [Path(place, name) for name in names]
+        others |= {path: HIDDEN for path in inside + found if is_hidden(path)}
         folders[:] = [
-            name
-            for name in folders
-            if recursive
-            and not is_hidden(Path(name))
-            and os.path.realpath(os.path.join(place, name)) not in seen
+            path.name
+            for path in inside
+            if path not in others and os.path.realpath(path) not in seen
         ]
-        yield from (Path(place, name) for name in names if not is_hidden(Path(name)))
+        for path in found:
+            why = others.get(path) or why_no_image(path)
+            if why is None:
+                images.append(path)
+            else:
+                others[path] = why
+    return sorted(images), dict(sorted(others.items()))
+
+
+def why_no_image(path: Path) -> str | None:
+    """Return why a file is skipped, by its name; None if it is an image."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return None
+    is_companion = path.name.lower() in COMPANION_NAMES or suffix in COMPANION_SUFFIXES
+    return COMPANION if is_companion else NO_IMAGE
+
+
+def is_hidden(path: Path) -> bool:
+    """Tell whether a file or folder is a system's or a program's own."""
+    return path.name.startswith(".") or path.name.lower() in HIDDEN_NAMES
 
 
 def read_image(
@@ -313,7 +347,7 @@ def _read(path, size, mode, max_value):
     if halved:
         depth = 256 * int(np.max(image)) + 255
     if size is not None:
-        height, width = _sides(size)
+        height, width = sides_of(size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     return (pixels[:, :, None] if pixels.ndim == 2 else pixels), depth
@@ -453,8 +487,8 @@ def _warn_of_depths(depths, max_value):
         )
 
 
-def _sides(size):
-    """Return the (H, W) that ``size`` stands for."""
+def sides_of(size: Any) -> tuple[int, int]:
+    """Return the (H, W) that ``size`` stands for, or raise a ValueError."""
     sides = (size, size) if isinstance(size, Integral) else tuple(size)
     if len(sides) != 2 or not all(isinstance(s, Integral) and s > 0 for s in sides):
         raise ValueError(
@@ -494,7 +528,7 @@ class LoadImages(TransformerMixin, BaseEstimator):
     See Also
     --------
     ResizeImages : Resize images that are arrays already.
-    skanomaly.datasets.load_mvtec : Load a folder in the layout of MVTec AD.
+    skanomaly.datasets.load_folder : Load images, labels and masks from folders.
 
     Notes
     -----
@@ -556,7 +590,7 @@ class LoadImages(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : list, array or Series of str or path-like, of length n
-            Paths of image files.
+            Paths of image files. A data frame or array of one column will do.
         y : None
             Ignored.
 
@@ -567,7 +601,7 @@ class LoadImages(TransformerMixin, BaseEstimator):
         """
         _check_paths(X)
         if self.size is not None:
-            _sides(self.size)
+            sides_of(self.size)
         return self
 
     def transform(self, X: Iterable[StrPath]) -> NDArray[np.uint8]:
@@ -576,7 +610,7 @@ class LoadImages(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : list, array or Series of str or path-like, of length n
-            Paths of image files.
+            Paths of image files. A data frame or array of one column will do.
 
         Returns
         -------
@@ -629,7 +663,7 @@ class LoadImages(TransformerMixin, BaseEstimator):
 
     def _digest(self, paths):
         digest = hashlib.sha256()
-        size = None if self.size is None else tuple(int(s) for s in _sides(self.size))
+        size = None if self.size is None else tuple(int(s) for s in sides_of(self.size))
         white = WHITE if self.max_value is None else int(self.max_value)
         digest.update(repr((size, self.mode, white)).encode())
         for path in paths:
@@ -659,25 +693,57 @@ def _check_paths(X):
         )
     if not isinstance(X, Iterable):
         raise TypeError(f"X must be a list of paths. Got {X!r}.")
-    if getattr(X, "ndim", 1) != 1:
-        raise TypeError(
-            "LoadImages wants a one-dimensional list of paths, but X has shape "
-            f"{tuple(X.shape)}. Leave LoadImages out if X holds images already."
-        )
-    paths = list(X)
+    paths = listed_paths("X", X, " Leave LoadImages out if X holds images already.")
     if not paths:
         raise ValueError(
             "Found array with 0 sample(s) (shape=(0,)) while a minimum of 1 is "
             "required by LoadImages."
         )
-    for index, path in enumerate(paths):
+    return paths
+
+
+def listed_paths(name: str, paths: Iterable[StrPath], hint: str = "") -> list[str]:
+    """List the paths in a list, a Series, or a data frame or array of one column.
+
+    Parameters
+    ----------
+    name : str
+        Name of the argument; stands in the errors.
+    paths : iterable of str or path-like
+        What was given.
+    hint : str, default=""
+        What to do with something else; ends the errors.
+
+    Returns
+    -------
+    list of str
+        The paths.
+
+    Raises
+    ------
+    TypeError
+        If there are several columns, or something that is no path.
+    """
+    shape = tuple(getattr(paths, "shape", ()))
+    if hasattr(paths, "columns") and shape[1] != 1:
+        raise TypeError(
+            f"{name} must be one column of paths, but is a data frame of {shape[1]}: "
+            f"{', '.join(map(repr, paths.columns))}. Give the one of paths, such as "
+            f"{name}['path'].{hint}"
+        )
+    if len(shape) > 1 and shape[1:] != (1,):
+        raise TypeError(
+            f"{name} must be a list or one column of paths, but has the shape "
+            f"{shape}.{hint}"
+        )
+    listed = np.asarray(paths)[:, 0].tolist() if len(shape) == 2 else list(paths)
+    for index, path in enumerate(listed):
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(
-                "LoadImages wants paths (str or path-like), but element "
-                f"{index} of X is of type {type(path).__name__}. Leave LoadImages out "
-                "if X holds images already."
+                f"{name} must hold paths (str or path-like), but element {index} is of "
+                f"type {type(path).__name__}.{hint}"
             )
-    return [os.fspath(path) for path in paths]
+    return [os.fspath(path) for path in listed]
 
 
 def _decoded(paths, arguments, n_jobs):
@@ -763,7 +829,7 @@ class _ArrayTransformer(TransformerMixin, BaseEstimator):
             The fitted transformer.
         """
         if hasattr(self, "size"):
-            _sides(self.size)
+            sides_of(self.size)
         self._check_X(X, reset=True)
         return self
 
@@ -866,7 +932,7 @@ class ResizeImages(_ArrayTransformer):
             The resized images, uint8 if `X` is, else float32; a tensor if `X` is one.
         """
         images = self._check_X(X, reset=False)
-        shape = (len(images), *_sides(self.size), images.shape[3])
+        shape = (len(images), *sides_of(self.size), images.shape[3])
         result: NDArray[Any] | torch.Tensor
         if isinstance(images, torch.Tensor):
             result = images.new_empty(shape, dtype=_kept_dtype(images))
@@ -899,7 +965,7 @@ class ResizeImages(_ArrayTransformer):
         numpy.ndarray of shape (n, H, W)
             The maps, float32, interpolated bilinearly.
         """
-        resized = self._check_maps(maps, X, _sides(self.size))
+        resized = self._check_maps(maps, X, sides_of(self.size))
         height, width, _ = self.image_shape_
         result = np.empty((len(resized), height, width), np.float32)
         for rows in _slices(result):
@@ -1008,7 +1074,8 @@ class CenterCropImages(_ArrayTransformer):
     def _window(self):
         """Return the rows and columns that are kept, as two slices."""
         window = []
-        for side, wanted in zip(self.image_shape_[:2], _sides(self.size), strict=True):
+        sides = sides_of(self.size)
+        for side, wanted in zip(self.image_shape_[:2], sides, strict=True):
             kept = min(side, wanted)
             start = (side - kept) // 2
             window.append(slice(start, start + kept))

@@ -78,8 +78,10 @@ def test_paths_ask_for_load_images(paths, fitted, detector):
 
 def test_a_series_of_paths_asks_for_load_images(detector):
     pandas = pytest.importorskip("pandas")
-    with pytest.raises(ValueError, match=r"LoadImages\(\)"):
-        detector().fit(pandas.Series(["a.png", "b.png"]))
+    names = pandas.Series(["a.png", "b.png"], name="path")
+    for X in (names, names.to_frame(), names.to_frame().to_numpy()):
+        with pytest.raises(ValueError, match=r"LoadImages\(\)"):
+            detector().fit(X)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])

@@ -353,9 +353,9 @@ def test_copies_stay_together(method, tmp_path):
         Image.fromarray(image).save(path)
     if method == "cv":
         by_path = ThresholdCalibrator(make_pipeline(LoadImages(), detector), **settings)
-        np.testing.assert_allclose(
-            by_path.fit(paths).calibration_scores_, once.calibration_scores_, rtol=1e-5
-        )
+        for given in (paths, np.array(paths)[:, None]):
+            scores = by_path.fit(given).calibration_scores_
+            np.testing.assert_allclose(scores, once.calibration_scores_, rtol=1e-5)
 
 
 def test_copies_are_counted():

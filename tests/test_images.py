@@ -344,6 +344,17 @@ def test_load_takes_arrays_and_series(paths):
         assert_array_equal(LoadImages().fit_transform(X), expected)
 
 
+def test_load_takes_a_column(paths):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"path": paths, "label": "good"}, index=range(7, 0, -1))
+    expected = LoadImages().fit_transform(paths)
+    for X in (frame[["path"]], frame[["path"]].astype(str), frame[["path"]].to_numpy()):
+        assert_array_equal(LoadImages().fit(X).transform(X), expected)
+    for method in (LoadImages().fit, LoadImages().transform):
+        with pytest.raises(TypeError, match=r"2: 'path', 'label'\. Give .*X\['"):
+            method(frame)
+
+
 def test_load_resizes(paths):
     images = LoadImages(size=(4, 6), mode="L").transform(paths)
     assert images.shape == (7, 4, 6, 1)

@@ -1,0 +1,1 @@
+"""Where images of data sets lie, and which masks belong to them."""
