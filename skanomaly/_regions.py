@@ -109,9 +109,11 @@ def _regions_of(mask, values):
     if values is None:
         regions["peak"] = regions["mean"] = np.nan
         return regions
-    values = values[mask]
-    regions["peak"] = ndimage.maximum(values, labels, regions["label"])
-    regions["mean"] = np.bincount(labels, values)[1:] / regions["area"]
+    # pixels of a region side by side; labels are in runs, which this sort is quick with
+    values = values[mask][np.argsort(labels, kind="stable")]
+    starts = np.cumsum(regions["area"]) - regions["area"]
+    regions["peak"] = np.maximum.reduceat(values, starts)
+    regions["mean"] = np.add.reduceat(values, starts, dtype=float) / regions["area"]
     return regions
 
 
