@@ -1,8 +1,8 @@
 """Scikit-learn-compatible estimators for visual anomaly detection.
 
 The names below are imported at once; the modules ``backbones``, ``datasets``,
-``display``, ``images``, ``metrics``, ``model_selection``, ``onnx`` and ``pipeline``
-when they are first asked for, as in ``skanomaly.metrics.f1_max``.
+``display``, ``images``, ``inspection``, ``metrics``, ``model_selection``, ``onnx`` and
+``pipeline`` when they are first asked for, as in ``skanomaly.metrics.f1_max``.
 """
 
 import importlib
@@ -74,6 +74,7 @@ _MODULES = (
     "datasets",
     "display",
     "images",
+    "inspection",
     "metrics",
     "model_selection",
     "onnx",

@@ -646,6 +646,45 @@ def checked_offset(estimator):
     return estimator.offset_
 
 
+def check_masks(masks):
+    """Return masks as a boolean array, or raise if they hold more than two values."""
+    masks = _values_of("masks", masks)
+    if masks.dtype.kind not in "biu" or (
+        masks.dtype != bool and not np.array_equal(masks, masks.astype(bool))
+    ):
+        raise ValueError(
+            "masks must be boolean or hold the integers 0 (normal) and 1 (anomalous), "
+            f"got {masks.dtype} with values such as {np.unique(masks)[:5]}. Binarise "
+            "at half of the maximum, for example with `masks > 127` for 8-bit images."
+        )
+    return masks.astype(bool, copy=False)
+
+
+def check_maps(maps):
+    """Return maps as an array, or raise if they hold other than finite numbers."""
+    maps = _values_of("maps", maps)
+    if maps.dtype.kind not in "biuf":
+        raise ValueError(f"maps must hold real numbers, got {maps.dtype}.")
+    if not np.isfinite(maps).all():
+        raise ValueError("maps must be finite, got NaN or infinity.")
+    return maps
+
+
+def _values_of(name, values):
+    if values is None:
+        raise TypeError(f"{name} must be an array of shape (n, H, W), got None.")
+    if hasattr(values, "detach"):  # a tensor
+        values = values.detach().cpu()
+    return np.asarray(values)
+
+
+def has_maps(detector):
+    """Return True, or raise for a detector without maps; for ``available_if``."""
+    if (reason := detector._why_no_maps()) is not None:
+        raise AttributeError(f"{type(detector).__name__} has no maps: {reason}.")
+    return True
+
+
 def check_out(out, shape):
     """Return the array that maps are written into: the one given, or a new one.
 

@@ -9,22 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, OutlierMixin
-from sklearn.utils import check_random_state, gen_batches
+from sklearn.utils import Bunch, check_random_state, gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from . import _validation
+from . import _regions, _validation
 from ._fitting import batches, loop, persistence
 from ._fitting.persistence import PersistentNetwork
 from ._fitting.processes import Processes
 from ._fitting.progress import Progress
 from ._typing import Self, available_if, fit_context
-
-
-def _with_maps(detector):
-    if (reason := detector._why_no_maps()) is not None:
-        raise AttributeError(f"{type(detector).__name__} has no maps: {reason}.")
-    return True
 
 
 class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABCMeta):
@@ -129,7 +123,7 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
     ) -> NDArray[np.int64]:
         return self.fit(X, y, **fit_params).predict(X)
 
-    @available_if(_with_maps)
+    @available_if(_validation.has_maps)
     def localize(
         self, X: ArrayLike, *, out: NDArray[np.floating] | None = None
     ) -> NDArray[np.floating]:
@@ -155,7 +149,7 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
             result[rows] = maps
         return result
 
-    @available_if(_with_maps)
+    @available_if(_validation.has_maps)
     def segment(self, X: ArrayLike) -> NDArray[np.bool_]:
         """Mark the anomalous pixels of anomalous images.
 
@@ -171,13 +165,35 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
             calls anomalous.
         """
         fitted, images = self._prepare(X)
-        offset = _validation.checked_offset(self)
         result = np.empty((len(images), *fitted._map_shape), bool)
+        thresholds = _validation.checked_offset(self), self.map_threshold_
         for rows, degrees, maps in fitted._evaluate(images, maps_wanted=True):
-            normal = -degrees - offset >= 0
-            result[rows] = maps > self.map_threshold_
-            result[rows][normal] = False
+            result[rows] = _regions.marked(degrees, maps, *thresholds)
         return result
+
+    def inspect(self, X: ArrayLike) -> Bunch:
+        """Judge images and find their anomalous regions, in one pass of the network.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images of the shape seen in fit.
+
+        Returns
+        -------
+        sklearn.utils.Bunch
+            ``scores``, ``labels``, and, if the detector has maps, ``maps``, ``masks``
+            and ``regions``; :func:`skanomaly.inspection.inspect` tells what they are.
+        """
+        fitted, images = self._prepare(X)
+        map_shape = fitted._map_shape if self._why_no_maps() is None else None
+        return _regions.report(
+            fitted._evaluate(images, maps_wanted=map_shape is not None),
+            n_images=len(images),
+            map_shape=map_shape,
+            offset=_validation.checked_offset(self),
+            map_threshold=getattr(self, "map_threshold_", None),
+        )
 
     def _fit_to(self, X, y, **given):
         """Fit, with what a method's `fit` is given beside images and labels."""
@@ -301,15 +317,6 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
             maps = maps.float().cpu().numpy() if maps_wanted else None
             _validation.check_finite(self, degrees, maps)
             yield rows, degrees, maps
-
-    def _scores_and_peaks(self, X):
-        """Return the scores (n,) of images and the maxima (n,) of their maps."""
-        if self._why_no_maps() is not None:
-            return self.score_samples(X), None
-        fitted, images = self._prepare(X)
-        judged = fitted._evaluate(images, maps_wanted=True)
-        degrees, peaks = batches.degrees_and_peaks(judged)
-        return -degrees, peaks
 
 
 class NetworkDetector(BaseDetector):

@@ -13,11 +13,11 @@ from sklearn.base import BaseEstimator, MetaEstimatorMixin, OutlierMixin, clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import KFold
 from sklearn.pipeline import Pipeline
-from sklearn.utils import _safe_indexing, get_tags, indexable
+from sklearn.utils import Bunch, _safe_indexing, get_tags, indexable
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
-from ._fitting.batches import content_key
+from ._fitting.batches import content_key, degrees_and_peaks
 from ._fitting.persistence import forget
 from ._typing import ImagesOrPaths, Self, available_if, fit_context
 from ._validation import holds_paths, required_labels, warn_of_copies
@@ -354,7 +354,9 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
             not score higher, divided by one plus their number. Of new normal images, a
             share of at most q has a p-value of q or less.
         """
-        scores = self.score_samples(X)
+        return self._p_values_of(self.score_samples(X))
+
+    def _p_values_of(self, scores):
         not_higher = np.searchsorted(self.calibration_scores_, scores, side="right")
         return (1 + not_higher) / (1 + len(self.calibration_scores_))
 
@@ -396,6 +398,29 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         return with_maps(self.estimator_).segment(X)
+
+    @available_if(_estimator_has("inspect"))
+    def inspect(self, X: ImagesOrPaths) -> Bunch:
+        """Judge images and find their anomalous regions, in one pass of the network.
+
+        Only available if the detector has it.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, ...)
+            Images.
+
+        Returns
+        -------
+        sklearn.utils.Bunch
+            ``scores``, ``labels``, ``p_values``, and, if the detector has maps,
+            ``maps``, ``masks`` and ``regions``; :func:`skanomaly.inspection.inspect`
+            tells what they are. Labels and masks go by the calibrated thresholds.
+        """
+        check_is_fitted(self)
+        report = with_maps(self.estimator_).inspect(X)
+        report.p_values = self._p_values_of(report.scores)
+        return report
 
 
 def _own_copy(estimator):
@@ -446,6 +471,8 @@ def _scores_and_peaks(estimator, X):
         if len(estimator.steps) > 1:
             X = estimator[:-1].transform(X)
         return _scores_and_peaks(estimator.steps[-1][1], X)
-    if not isinstance(estimator, BaseDetector):
+    if not isinstance(estimator, BaseDetector) or estimator._why_no_maps() is not None:
         return estimator.score_samples(X), None
-    return estimator._scores_and_peaks(X)
+    fitted, images = estimator._prepare(X)
+    degrees, peaks = degrees_and_peaks(fitted._evaluate(images, maps_wanted=True))
+    return -degrees, peaks

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import stat
+import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from joblib import effective_n_jobs
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -77,6 +78,8 @@ _WAY_OUT = (
 
 # numbers of tags in TIFFs
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANES = 258, 262, 284
+TIFF_WIDTH, TIFF_HEIGHT = 256, 257
+_PNG_NOTES = {b"eXIf", b"iTXt", b"tEXt", b"zTXt"}
 _VALUES_PER_BATCH = 2**24
 _SIZE_CONSTRAINT = [Interval(Integral, 1, None, closed="left"), tuple, list]
 
@@ -393,6 +396,51 @@ def open_image(path: StrPath) -> Iterator[Image.Image]:
         raise _unreadable(path, error) from error
 
 
+def upright_shape(path: StrPath) -> tuple[int, int]:
+    """Read the height and width that `read_image` gives an image, but no pixel of it.
+
+    Parameters
+    ----------
+    path : str or path-like
+        An image file.
+
+    Returns
+    -------
+    tuple of int
+        Height and width, after the EXIF orientation is applied.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    OSError
+        If its header cannot be read.
+    """
+    with open_image(path) as file:
+        width, height = file.size
+        if file.format == "TIFF":  # whose size some Pillows have turned already
+            width, height = file.tag_v2[TIFF_WIDTH], file.tag_v2[TIFF_HEIGHT]
+        if file.format == "PNG" and _has_notes_at_its_end(file.fp):
+            file.load()
+        # that of PNGs would decode the pixels first
+        orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def _has_notes_at_its_end(file):
+    """Tell whether notes, such as EXIF, stand behind the pixels of a PNG."""
+    place = file.tell()
+    file.seek(8)
+    names = []
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        names.append(name)
+        file.seek(length + 4, os.SEEK_CUR)  # the content and its checksum
+    file.seek(place)
+    behind = names[names.index(b"IDAT") :] if b"IDAT" in names else []
+    return bool(_PNG_NOTES & set(behind))
+
+
 def _unreadable(path, cause):
     return OSError(f"Cannot read the image {os.fspath(path)!r}: {cause}")
 
@@ -653,6 +701,49 @@ class LoadImages(TransformerMixin, BaseEstimator):
         _write_array(path, shape, images)
         return _open_array(path, len(paths))
 
+    def inverse_transform_regions(
+        self, regions: NDArray[np.void], X: Iterable[StrPath]
+    ) -> NDArray[np.void]:
+        """Turn regions of the loaded images into regions of the files.
+
+        Parameters
+        ----------
+        regions : numpy.ndarray of shape (n_regions,)
+            What :func:`skanomaly.inspection.find_regions` finds in the loaded images.
+        X : list, array or Series of str or path-like, of length n
+            Paths of the image files.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n_regions,)
+            The regions in pixels of the files, turned upright as the images are. A box
+            is the smallest of whole pixels that covers the one that was scaled; an area
+            grows as the image did, and is rounded to whole pixels, one at least.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a file with a region does not exist any more.
+        OSError
+            If its header cannot be read.
+        """
+        if self.size is None:
+            return regions
+        paths = _check_paths(X)
+        images, rows = np.unique(regions["image"], return_inverse=True)
+        shapes = [upright_shape(paths[image]) for image in images]
+        tall, wide = np.reshape(shapes, (-1, 2)).astype(np.int64)[rows].T
+        height, width = _sides(self.size)
+        result = regions.copy()
+        result["top"] = regions["top"] * tall // height
+        result["left"] = regions["left"] * wide // width
+        result["bottom"] = -(-regions["bottom"] * tall // height)
+        result["right"] = -(-regions["right"] * wide // width)
+        # rounded: half of the divisor is added
+        area = 2 * regions["area"] * tall * wide + height * width
+        result["area"] = np.maximum(area // (2 * height * width), 1)
+        return result
+
     def _decode(self, paths):
         """Return the shape of all images together and an iterator over them."""
         arguments = self.size, self.mode, self.max_value
@@ -863,7 +954,7 @@ def _kept_dtype(images):
     return np.uint8 if images.dtype == np.uint8 else np.float32
 
 
-def _resize(images, height, width):
+def resize(images, height, width):
     """Resize a float32 tensor (b, C, H, W) as Pillow's bilinear filter does."""
     return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
 
@@ -942,7 +1033,7 @@ class ResizeImages(_ArrayTransformer):
             batch = images[rows]
             if isinstance(batch, np.ndarray):
                 batch = torch.from_numpy(np.array(batch, np.float32))
-            resized = _resize(batch.float().permute(0, 3, 1, 2), *shape[1:3])
+            resized = resize(batch.float().permute(0, 3, 1, 2), *shape[1:3])
             if result.dtype in (np.uint8, torch.uint8):
                 resized = resized.round_().clamp_(0, 255)
             result[rows] = resized.permute(0, 2, 3, 1)
@@ -970,7 +1061,7 @@ class ResizeImages(_ArrayTransformer):
         result = np.empty((len(resized), height, width), np.float32)
         for rows in _slices(result):
             batch = torch.from_numpy(np.array(resized[rows]))
-            result[rows] = _resize(batch[:, None], height, width)[:, 0]
+            result[rows] = resize(batch[:, None], height, width)[:, 0]
         return result
 
 

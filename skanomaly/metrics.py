@@ -18,7 +18,7 @@ from sklearn.metrics._scorer import _BaseScorer
 from sklearn.utils.validation import _num_samples
 
 from ._typing import ImagesOrPaths
-from ._validation import required_labels
+from ._validation import check_maps, check_masks, required_labels
 from .pipeline import with_maps
 
 
@@ -534,7 +534,7 @@ def _call_method(estimator, method, X):
 
 
 def _check_masks_and_maps(masks, maps, ndim=None):
-    masks, maps = _as_array("masks", masks), _as_array("maps", maps)
+    masks, maps = check_masks(masks), check_maps(maps)
     if masks.shape != maps.shape:
         raise ValueError(
             "masks and maps must have the same shape, "
@@ -544,32 +544,11 @@ def _check_masks_and_maps(masks, maps, ndim=None):
         raise ValueError(
             f"masks and maps must have the shape (n, H, W), got {masks.shape}."
         )
-    if masks.dtype.kind not in "biu" or (
-        masks.dtype != bool and not np.array_equal(masks, masks.astype(bool))
-    ):
-        raise ValueError(
-            "masks must be boolean or hold the integers 0 (normal) and 1 (anomalous), "
-            f"got {masks.dtype} with values such as {np.unique(masks)[:5]}. Binarise "
-            "at half of the maximum, for example with `masks > 127` for 8-bit images."
-        )
-    if maps.dtype.kind not in "biuf":
-        raise ValueError(f"maps must hold real numbers, got {maps.dtype}.")
-    if not np.isfinite(maps).all():
-        raise ValueError("maps must be finite, got NaN or infinity.")
-    masks = masks.astype(bool, copy=False)
     if not masks.any():
         raise ValueError("masks must contain an anomalous pixel, all are normal.")
     if masks.all():
         raise ValueError("masks must contain a normal pixel, all are anomalous.")
     return masks, maps
-
-
-def _as_array(name, values):
-    if values is None:
-        raise TypeError(f"{name} must be an array of shape (n, H, W), got None.")
-    if hasattr(values, "detach"):  # a tensor
-        values = values.detach().cpu()
-    return np.asarray(values)
 
 
 def _check_max_fpr(max_fpr):

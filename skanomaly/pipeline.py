@@ -7,21 +7,25 @@ from numpy.typing import NDArray
 from sklearn import pipeline as sklearn_pipeline
 from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import _final_estimator_has, _name_estimators
+from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
+from ._regions import find_regions
 from ._typing import ImagesOrPaths, available_if
 from ._validation import holds_paths
 
 __all__ = ["Pipeline", "localize", "make_pipeline"]
 
+_WAYS_BACK = "inverse_transform_maps", "inverse_transform_regions"
+
 
 class Pipeline(sklearn_pipeline.Pipeline):
     """Chain of transformers and a detector, with anomaly maps at the input resolution.
 
-    scikit-learn's :class:`~sklearn.pipeline.Pipeline` plus :meth:`localize` and
-    :meth:`segment`. The images run forward through the transformers, the last step
-    computes its maps, and the maps walk back through the steps that changed the
-    geometry, until they fit the images that entered.
+    scikit-learn's :class:`~sklearn.pipeline.Pipeline` plus :meth:`localize`,
+    :meth:`segment` and :meth:`inspect`. The images run forward through the
+    transformers, the last step computes its maps, and the maps walk back through the
+    steps that changed the geometry, until they fit the images that entered.
 
     Parameters
     ----------
@@ -59,6 +63,11 @@ class Pipeline(sklearn_pipeline.Pipeline):
     this method is passed over, hence the maps have the resolution of the first array:
     that of `X`, or, behind a step that loads files, that of the loaded images. A
     pipeline may stand inside a pipeline, scikit-learn's own as a transformer too.
+
+    A step that loads files, and resizes them on the way, may have the method
+    ``inverse_transform_regions(regions, X)``: it takes the regions that :meth:`inspect`
+    finds in the loaded images and the files `X`, and returns the regions in pixels of
+    the files. :class:`LoadImages` has it.
 
     Examples
     --------
@@ -113,17 +122,62 @@ class Pipeline(sklearn_pipeline.Pipeline):
         """
         return self._maps(X, "segment") > 0.5
 
+    @available_if(_final_estimator_has("inspect"))
+    def inspect(self, X: ImagesOrPaths) -> Bunch:
+        """Judge images and find their anomalous regions; X runs through the steps once.
+
+        Only available if the last step has `inspect`.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), or what the first step takes
+            Images.
+
+        Returns
+        -------
+        sklearn.utils.Bunch
+            What `inspect` of the last step returns. Maps and masks have the resolution
+            of the first array, as `localize` and `segment` have them; regions are in
+            its pixels, and behind `LoadImages` in pixels of the files:
+            :func:`skanomaly.inspection.inspect` tells more.
+        """
+        X, way_back = self._forward(X)
+        report = self._final_estimator.inspect(X)
+        if "maps" not in report:
+            return report
+        maps = _backward(report.maps, way_back)
+        if maps is not report.maps:  # else the regions are right already
+            report.maps, report.masks = maps, _backward(report.masks, way_back) > 0.5
+            report.regions = find_regions(report.masks, report.maps)
+        for transformer, X in reversed(way_back):
+            if hasattr(transformer, "inverse_transform_regions"):
+                report.regions = transformer.inverse_transform_regions(
+                    report.regions, X
+                )
+        return report
+
     def _maps(self, X, method):
+        X, way_back = self._forward(X)
+        return _backward(getattr(self._final_estimator, method)(X), way_back)
+
+    def _forward(self, X):
+        """Return what the last step gets; of steps with a way back, what they got."""
         check_is_fitted(self)
         way_back = []
         for transformer in _transformers(self._iter(with_final=False)):
-            if hasattr(transformer, "inverse_transform_maps"):
+            if any(hasattr(transformer, name) for name in _WAYS_BACK):
                 way_back.append((transformer, X))
             X = transformer.transform(X)
-        maps = getattr(self._final_estimator, method)(X).astype(np.float32, copy=False)
-        for transformer, X in reversed(way_back):
+        return X, way_back
+
+
+def _backward(maps, way_back):
+    """Return maps at the resolution of the first array."""
+    maps = maps.astype(np.float32, copy=False)
+    for transformer, X in reversed(way_back):
+        if hasattr(transformer, "inverse_transform_maps"):
             maps = transformer.inverse_transform_maps(maps, X)
-        return maps
+    return maps
 
 
 def localize(estimator: Any, X: ImagesOrPaths) -> NDArray[np.floating]:
@@ -163,11 +217,16 @@ def localize(estimator: Any, X: ImagesOrPaths) -> NDArray[np.floating]:
     >>> localize(pipeline, X).shape
     (8, 24, 20)
     """
+    return holder_of("localize", estimator, "has no maps").localize(X)
+
+
+def holder_of(method, estimator, complaint):
+    """Return an estimator, or what is inside of a search, if it has a method."""
     holder = with_maps(getattr(estimator, "best_estimator_", estimator))
-    if hasattr(holder, "localize"):
-        return holder.localize(X)
+    if hasattr(holder, method):
+        return holder
     raise TypeError(
-        f"{type(estimator).__name__} has no maps: localize takes a fitted detector, a "
+        f"{type(estimator).__name__} {complaint}: {method} takes a fitted detector, a "
         "pipeline that ends in one, or a fitted search among these, with refit=True."
     )
 

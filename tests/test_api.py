@@ -19,6 +19,7 @@ MODULES = [
     "datasets",
     "display",
     "images",
+    "inspection",
     "metrics",
     "model_selection",
     "onnx",

@@ -25,6 +25,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import skanomaly
 from skanomaly._fitting import batches
 from skanomaly.base import BaseDetector, NetworkDetector
+from skanomaly.inspection import find_regions
 from skanomaly.metrics import make_localization_scorer, pixel_roc_auc_score
 from skanomaly.model_selection import OneClassKFold
 
@@ -208,6 +209,46 @@ def test_maps(cls, fitted):
     assert segments.dtype == bool
 
 
+@pytest.mark.parametrize("cls", DETECTORS)
+def test_inspect_is_four_calls_in_one_pass(cls, fitted, monkeypatch):
+    X = striped(5, seed=1)
+    detector = pickle.loads(pickle.dumps(fitted[cls])).set_params(batch_size=2)
+    scores, maps = detector.score_samples(X), detector.localize(X)
+    # thresholds that some images and pixels exceed
+    detector.offset_, detector.map_threshold_ = np.median(scores), np.median(maps)
+    labels, masks = detector.predict(X), detector.segment(X)
+    n_calls = count_calls(monkeypatch, detector, "_evaluate")
+
+    report = detector.inspect(X)
+
+    assert len(n_calls) == 1
+    assert set(labels) == {-1, 1}
+    assert sorted(report) == ["labels", "maps", "masks", "regions", "scores"]
+    for name, expected in {
+        "scores": scores,
+        "labels": labels,
+        "maps": maps,
+        "masks": masks,
+        "regions": find_regions(masks, maps),
+    }.items():
+        assert report[name].dtype == expected.dtype
+        np.testing.assert_array_equal(report[name], expected)
+    assert set(report.regions["image"]) <= set(np.flatnonzero(labels == -1))
+    assert report.regions["area"].sum() == masks.sum() > 0
+
+
+def count_calls(monkeypatch, owner, method):
+    """Return a list that grows by each call of a method of an object's class."""
+    calls, original = [], getattr(type(owner), method)
+
+    def counting(self, *args, **kwargs):
+        calls.append(method)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(owner), method, counting)
+    return calls
+
+
 # numbers of images and epochs; the other methods have a planted defect of their own
 PLANTED = collect("PLANTED")
 
@@ -311,7 +352,7 @@ def test_a_prediction_writes_nothing(cls, settings, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cls, "__setattr__", refuse)
         patch.setattr(cls, "__delattr__", refuse)
-        for method in PREDICTIONS:
+        for method in (*PREDICTIONS, "inspect"):
             getattr(detector, method)(X)
     assert generator_states() == generators
     # what the attributes hold has not changed either

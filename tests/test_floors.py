@@ -25,6 +25,7 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
     },
     {"_backbones.sources", "_fitting.progress"},
     {"_validation"},
+    {"_regions"},
     {"base"},
     {"backbones", "images", "pipeline"},
     {"_patches"},
@@ -32,7 +33,14 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
     {"_datasets.masks"},
     {"_datasets.folders"},
     {"_datasets.layouts"},
-    {"calibration", "datasets", "display", "metrics", "model_selection"},
+    {
+        "calibration",
+        "datasets",
+        "display",
+        "inspection",
+        "metrics",
+        "model_selection",
+    },
     {"onnx"},
     {"__init__"},
 ]

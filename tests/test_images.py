@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from PIL import Image
+from PIL import Image, ImageFile
 from sklearn.base import clone
 
 from skanomaly.images import (
@@ -27,6 +27,7 @@ from skanomaly.images import (
     ToDevice,
     image_files,
     read_image,
+    upright_shape,
 )
 
 
@@ -84,6 +85,58 @@ def test_read_applies_orientation(tmp_path, name, mode):
     assert_array_equal(read_image(tmp_path / name, mode=mode), expected)
     if name != "a.jpg" and mode == "RGB":
         assert_array_equal(expected, np.rot90(np.asarray(image), -1))
+
+
+def put_exif_last(path):
+    """Move the EXIF chunk of a PNG behind its pixels, where it may stand, too."""
+    content = path.read_bytes()
+    start = content.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    end = len(content) - 12  # IEND
+    path.write_bytes(
+        content[:start] + content[stop:end] + content[start:stop] + content[end:]
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg", "webp"])
+def test_upright_shape_is_that_of_the_read_image(tmp_path, suffix, monkeypatch):
+    paths = []
+    for orientation in range(9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        paths.append(tmp_path / f"{orientation}.{suffix}")
+        Image.fromarray(random_image(6, 4, 3)).save(paths[-1], exif=exif)
+    expected = [read_image(path).shape[:2] for path in paths]
+    assert set(expected) == {(6, 4), (4, 6)}
+
+    def refuse(self):
+        raise AssertionError("the pixels are decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    assert [upright_shape(path) for path in paths] == expected
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.bmp", "a.ppm", "a.tga"])
+def test_upright_shape_of_formats_without_exif(tmp_path, name):
+    Image.fromarray(random_image(6, 4, 3)).save(tmp_path / name)
+    assert upright_shape(tmp_path / name) == (6, 4)
+
+
+def test_upright_shape_of_a_png_with_its_exif_last(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(random_image(6, 4, 3)).save(tmp_path / "a.png", exif=exif)
+    put_exif_last(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").shape[:2] == (4, 6)
+    assert upright_shape(tmp_path / "a.png") == (4, 6)
+
+
+def test_upright_shape_names_what_it_cannot_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"Cannot read the image .*a\.png"):
+        upright_shape(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError):
+        upright_shape(tmp_path / "b.png")
 
 
 def test_read_palette_and_alpha(tmp_path):
