@@ -67,9 +67,9 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
     method draws for every call are those of its seed, stored as constants.
 
     DifferNet, whose maps are gradients, SMAI, whose superpixels differ in number from
-    image to image, SPADE with an approximate index, PatchDetector with another estimator
-    than a PCA, MNAD with ``update_at_test``, DeScarGAN's classifier and what takes
-    precomputed features cannot be exported.
+    image to image, SPADE with an approximate index, PatchDetector with another
+    estimator than a PCA, MNAD with ``update_at_test``, DeScarGAN's classifier and what
+    takes precomputed features cannot be exported.
 
     Needs the packages of ``pip install skanomaly[onnx]``.
 
