@@ -10,7 +10,6 @@ and the layers by cross-validation. The features are computed once for the whole
 # %%
 # A few image files stand in for a folder of photographs.
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -23,16 +22,8 @@ from skanomaly.datasets import load_textures
 from skanomaly.metrics import anomaly_roc_auc, pixel_roc_auc_score
 from skanomaly.model_selection import OneClassKFold
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument(
-    "--weights",
-    default=None,
-    help="'imagenet' or the file of a ResNet-18 state dict; random weights without it",
-)
-weights = parser.parse_known_args()[0].weights
-
 folder = Path(tempfile.mkdtemp())
-data = load_textures(n_train=40, n_test=60)
+data = load_textures(n_train=40, n_test=60, size=128)
 images = np.concatenate([data.X_train, data.X_test])
 labels = np.concatenate([np.ones(len(data.X_train), int), data.y_test])
 paths = np.array([folder / f"{number:03}.png" for number in range(len(images))])
@@ -45,15 +36,13 @@ is_kept &= np.arange(len(images)) % 3 == 0
 
 # %%
 # ``memory`` keeps the features of each image under a key of its content, so that folds
-# and candidates share them. Random weights, the default of this script, need no
-# download; ``--weights imagenet`` is what to use in earnest.
+# and candidates share them. The weights of EfficientNet-Lite0 come from a package,
+# without a download.
 
 pipeline = make_pipeline(
     LoadImages(),
-    BackboneFeatures(
-        backbone="resnet18", weights=weights, memory=folder / "features", random_state=0
-    ),
-    SPADE(backbone="precomputed", layers=("layer1", "layer2")),
+    BackboneFeatures(backbone="efficientnet_lite0", memory=folder / "features"),
+    SPADE(backbone="precomputed", layers=("blocks.4", "blocks.10")),
 )
 
 # %%
@@ -67,8 +56,8 @@ search = GridSearchCV(
     {
         "spade__n_neighbors": [1, 3, 5],
         "backbonefeatures__layers": [
-            ("layer1", "layer2"),
-            ("layer1", "layer2", "layer3"),
+            ("blocks.4", "blocks.10"),
+            ("blocks.4", "blocks.10", "blocks.15"),
         ],
     },
     scoring=anomaly_roc_auc,

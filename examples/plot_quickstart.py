@@ -2,41 +2,39 @@
 Find defects in photographs of a brick wall
 ===========================================
 
-DRAEM learns from normal images only. Here it sees 200 crops of a photograph of bricks,
-small enough for a processor without a graphics card, and then marks scratches, stains,
-holes and foreign patches in crops that it has never seen.
+A pretrained network turns each image into a grid of features, and a PCA learns how
+those of normal images vary. That takes seconds on a processor. The detector then marks
+scratches, stains, holes and foreign patches in crops that it has never seen.
 """
 
 # %%
 # The images come with scikit-image. Training and test crops share no pixel of the
 # photograph; half of the test crops have a planted defect and its exact mask.
 
+import time
+
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from skanomaly import DRAEM
+from skanomaly import PatchDetector
 from skanomaly.datasets import load_textures
 from skanomaly.display import AnomalyMapDisplay
 from skanomaly.metrics import pixel_roc_auc_score, pro_auc_score
 
-data = load_textures()
+data = load_textures(n_train=100, size=128)
 print(f"{len(data.X_train)} training images, {len(data.X_test)} test images")
 
 # %%
-# The networks are a fraction as wide as in the paper, and a larger learning rate makes
-# up for few epochs. Bricks never lie on their side, so the images are not rotated.
+# The weights of EfficientNet-Lite0 come from a package, without a download. Its block 4
+# has 16 x 16 features for an image, each of which sees little more than a defect.
 
-detector = DRAEM(
-    reconstructive_width=16,
-    discriminative_width=16,
-    rotation=0.0,
-    max_epochs=22,
-    learning_rate=1e-3,
-    random_state=0,
-    verbose=1,
+detector = PatchDetector(
+    backbone="efficientnet_lite0", layers=("blocks.4",), random_state=0
 )
+started = time.perf_counter()
 detector.fit(data.X_train)
+print(f"fitted in {time.perf_counter() - started:.1f} s")
 
 # %%
 # ``score_samples`` is high for normal images, ``localize`` is high where an image is

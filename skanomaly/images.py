@@ -733,7 +733,7 @@ class LoadImages(TransformerMixin, BaseEstimator):
         images, rows = np.unique(regions["image"], return_inverse=True)
         shapes = [upright_shape(paths[image]) for image in images]
         tall, wide = np.reshape(shapes, (-1, 2)).astype(np.int64)[rows].T
-        height, width = _sides(self.size)
+        height, width = sides_of(self.size)
         result = regions.copy()
         result["top"] = regions["top"] * tall // height
         result["left"] = regions["left"] * wide // width

@@ -36,7 +36,8 @@ def X(random_images):
 def fitted(X, detector):
     """Trained until maps and scores clearly differ between the images."""
     return detector(
-        contamination=0.4, random_state=3,
+        contamination=0.4,
+        random_state=3,
         pooling_size=48,
         max_epochs=8,
         learning_rate=1e-2,
