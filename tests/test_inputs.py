@@ -210,7 +210,8 @@ def test_rows_of_colour_images_ask_for_their_shape(cls, fitted):
     rows = striped(4).reshape(4, -1)
     of_lines = {"window_size": 1} if cls is skanomaly.InTra else {}
     words = r"rows of 768 numbers.*image_shape=\(16, 16, 3\)"
-    with pytest.warns(UserWarning, match=words):
+    with pytest.warns(UserWarning, match=words), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Images of 1 x 768 pixels are padded")
         small(cls, **of_lines).fit(rows, labels_for(cls, 4))
     detector = small(cls, image_shape=(16, 16, 3)).fit(rows, labels_for(cls, 4))
     assert detector.image_shape_ == (16, 16, 3)

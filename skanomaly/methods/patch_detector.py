@@ -238,6 +238,9 @@ class PatchDetector(GrowingDetector):
     such as NearestNeighbors, finds many of them again, so that its thresholds are too
     strict; ``ThresholdCalibrator`` sets honest ones.
 
+    Training images that overlap, such as crops of one photograph, know each other:
+    thresholds are then too strict for images from elsewhere, whatever the estimator.
+
     In a search over ``layers`` with a ``memory``, an image passes the backbone once if
     the largest set of layers comes first.
 
