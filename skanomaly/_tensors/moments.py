@@ -2,6 +2,8 @@
 
 import torch
 
+ROWS_AT_ONCE = 1024
+
 
 class Moments:
     """Mean and scatter of groups of rows, of which any number of batches may come.
@@ -41,14 +43,18 @@ class Moments:
         rows : torch.Tensor of shape (g, n, d)
             Rows of each group.
         """
-        # products of what is left after the batch's own mean keep their digits
-        rows = rows.to(self.mean)
+        rows = rows.to(self.mean.device)
         mean = rows.mean(dim=1)
-        centred = rows - mean[:, None]
-        step = mean - self.mean
+        # what is left after the batch's own mean keeps its digits in float32, too, if
+        # few products are summed up in it
+        for part in (rows - mean[:, None]).split(ROWS_AT_ONCE, dim=1):
+            if part.dtype == self.scatter.dtype:
+                self.scatter.baddbmm_(part.mT, part)
+            else:
+                self.scatter += part.mT @ part
+        step = mean.to(self.mean.dtype) - self.mean
         n = rows.shape[1]
         share = n / (self.count + n)
-        self.scatter.baddbmm_(centred.mT, centred)
         self.scatter.baddbmm_(step[:, :, None], step[:, None], alpha=self.count * share)
         self.mean += share * step
         self.count += n

@@ -217,10 +217,11 @@ class PatchDetector(GrowingDetector):
     Notes
     -----
     Without an estimator, mean and covariance of all patches are summed up in float64
-    while the images pass once; no array of all patches is made. In a second pass each
-    image is judged by a PCA of the others, fifth by fifth, for the thresholds. PCA and
-    IncrementalPCA, given or not, are evaluated by torch on the device: the residual is
-    what the features have along the directions left out.
+    (products of a thousand at a time in float32) while the images pass once; no array
+    of all patches is made. In a second pass each image is judged by a PCA of the
+    others, fifth by fifth, for the thresholds. PCA and IncrementalPCA, given or not,
+    are evaluated by torch on the device: the residual is what the features have along
+    the directions left out.
 
     Averages over patches count zeros beyond the border of the image. The padding of the
     network makes features there unusual in every image, and averages of what lies
