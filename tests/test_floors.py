@@ -25,7 +25,7 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
     },
     {"_backbones.sources", "_fitting.progress"},
     {"_validation"},
-    {"base"},
+    {"_planting", "base"},
     {"backbones", "images", "pipeline"},
     {"_patches"},
     METHODS,
