@@ -270,13 +270,13 @@ def test_whole_methods_are_chosen_by_planted_defects(planted, judged_by):
 
 def test_groups_and_masks_go_by_metadata_routing(planted):
     scorer = make_localization_scorer(pixel_roc_auc_score)
-    cv = OneClassKFold(3, shuffle=True, random_state=0)
     X, params = planted.X[..., 0] / 255, {"power": [1.0, 2.0]}
+    settings = {"cv": OneClassKFold(3, shuffle=True, random_state=0), "refit": False}
     with config_context(enable_metadata_routing=True):
         scorer.set_score_request(masks=True)
-        search = GridSearchCV(Deviation(), params, cv=cv, scoring=scorer)
+        search = GridSearchCV(Deviation(), params, scoring=scorer, **settings)
         search.fit(X, planted.y, groups=planted.groups, masks=planted.masks)
-    other = GridSearchCV(Deviation(), params, cv=cv, scoring=pixel_roc_auc)
+    other = GridSearchCV(Deviation(), params, scoring=pixel_roc_auc, **settings)
     other.fit(X, planted.masks, groups=planted.groups)
     np.testing.assert_allclose(
         search.cv_results_["mean_test_score"], other.cv_results_["mean_test_score"]
