@@ -14,6 +14,7 @@ SMALLEST_SIDE = 32
 LEAST_CHANGE = 0.01
 CLEAR_CHANGE = 0.05
 CLEAR_PIXELS = 4
+CLEAR_SHARE = 0.25  # of the pixels that change
 DRAWS = 10  # of one kind; then comes the next
 
 
@@ -75,11 +76,12 @@ def plant_defects(
     - stain: a soft-edged spot that darkens or brightens what is under it, and tints it
       where the image has colours.
 
-    Spots have radii between 3 and 20 % of the shorter side, scratches half lengths
-    between 8 and 40 % and half widths between 0.6 and 2.5 %. Grey levels lie between
-    the lowest and the highest of all images. A change by less than a hundredth of this
-    range is left out; a defect is drawn anew until it changes four pixels or more by a
-    twentieth, and after ten draws it is of the next kind.
+    Spots have radii between 1.5 and 20 % of the shorter side, scratches half lengths
+    between 5 and 40 % and half widths between 0.2 and 2 %, small ones as often as large
+    ones on a scale of ratios. Grey levels lie between the lowest and the highest of all
+    images. A change by less than a hundredth of this range is left out; a defect is
+    drawn anew until four pixels or more, and a quarter of those that it changes, change
+    by a twentieth, and after ten draws it is of the next kind.
 
     Examples
     --------
@@ -106,7 +108,9 @@ def plant_defects(
             name = names[(number + draw // DRAWS) % len(names)]
             bad[number] = _with_defect(rng, name, image, good[other], low, high)
             changes = np.abs(bad[number].astype(float) - image) / (high - low)
-            if np.sum(_over_channels(changes) >= CLEAR_CHANGE) >= CLEAR_PIXELS:
+            changes = _over_channels(changes)
+            n_clear, n_changed = np.sum(changes >= CLEAR_CHANGE), np.sum(changes > 0)
+            if n_clear >= max(CLEAR_PIXELS, CLEAR_SHARE * n_changed):
                 kinds.append(name)
                 break
     masks = np.zeros((2 * n, *good.shape[1:3]), bool)
@@ -198,19 +202,30 @@ def _offsets(rng, height, width, low, high):
     return np.mgrid[:height, :width] / side - sides * rng.uniform(low, high, (2, 1, 1))
 
 
+def _log_uniform(rng, low, high):
+    return np.exp(rng.uniform(np.log(low), np.log(high)))
+
+
+def _spot(rng, image, low, high, softness):
+    """Draw a spot of a radius between two, with an edge in parts of the radius."""
+    radius = _log_uniform(rng, low, high)
+    edge = max(softness * radius, 1 / min(image.shape[:2]))  # a pixel at least
+    return irregular_spot(rng, *image.shape[:2], radius=(radius, radius), edge=edge)
+
+
 def _blur(rng, image, other):
-    opacity = irregular_spot(rng, *image.shape[:2], radius=(0.06, 0.2), edge=0.05)
-    sigma = max(1, rng.uniform(0.01, 0.05) * min(image.shape[:2]))
+    opacity = _spot(rng, image, 0.04, 0.2, softness=0.4)
+    sigma = _log_uniform(rng, 0.015, 0.06) * min(image.shape[:2])
     return opacity, ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="nearest")
 
 
 def _hole(rng, image, other):
-    opacity = irregular_spot(rng, *image.shape[:2], radius=(0.03, 0.12), edge=0.03)
-    return rng.uniform(0.4, 1) * opacity, np.full_like(image, rng.uniform(0, 0.2))
+    opacity = _spot(rng, image, 0.015, 0.1, softness=0.3)
+    return rng.uniform(0.2, 1) * opacity, np.full_like(image, rng.uniform(0, 0.2))
 
 
 def _patch(rng, image, other):
-    opacity = irregular_spot(rng, *image.shape[:2], radius=(0.06, 0.2), edge=0.03)
+    opacity = _spot(rng, image, 0.03, 0.2, softness=0.2)
     box = ndimage.find_objects(np.where(opacity > 0, 1, 0))[0]
     height, width = opacity[box].shape
     turns, is_mirrored = rng.randint(4), rng.randint(2)
@@ -218,27 +233,27 @@ def _patch(rng, image, other):
     top = rng.randint(image.shape[0] - rows + 1)
     left = rng.randint(image.shape[1] - columns + 1)
     piece = np.rot90(other[top : top + rows, left : left + columns], turns)
+    piece = piece[:, ::-1] if is_mirrored else piece
     content = image.copy()
     content[box] = np.clip(piece + rng.uniform(-0.15, 0.15), 0, 1)
-    content[box] = content[box][:, ::-1] if is_mirrored else content[box]
     return rng.uniform(0.5, 1) * opacity, content
 
 
 def _scratch(rng, image, other):
     y, x = _offsets(rng, *image.shape[:2], 0.2, 0.8)
-    direction, half_length = rng.uniform(0, np.pi), rng.uniform(0.08, 0.4)
+    direction, half_length = rng.uniform(0, np.pi), _log_uniform(rng, 0.05, 0.4)
     along = (np.cos(direction) * x + np.sin(direction) * y) / half_length
     across = np.cos(direction) * y - np.sin(direction) * x
     across = across - half_length * rng.uniform(-0.25, 0.25) * along**2
-    half_width = rng.uniform(0.006, 0.025) * (1 - 0.6 * along**2)
+    half_width = _log_uniform(rng, 0.002, 0.02) * (1 - 0.6 * along**2)
     depth = (half_width - np.abs(across)) * min(image.shape[:2])
     opacity = np.where(np.abs(along) <= 1, np.clip(depth + 0.5, 0, 1), 0)
     level = rng.uniform(0, 0.2) if rng.randint(2) else rng.uniform(0.8, 1)
-    return rng.uniform(0.3, 1) * opacity, np.full_like(image, level)
+    return rng.uniform(0.2, 1) * opacity, np.full_like(image, level)
 
 
 def _stain(rng, image, other):
-    opacity = irregular_spot(rng, *image.shape[:2], radius=(0.06, 0.2), edge=0.1)
+    opacity = _spot(rng, image, 0.03, 0.2, softness=0.8)
     shade, tint = rng.randint(2), rng.uniform(-0.3, 0.3, image.shape[2])
     if (image == image[:, :, :1]).all():  # grey
         tint = tint[0]
