@@ -10,6 +10,7 @@ from sklearn.utils import Bunch, check_random_state
 from ._typing import validate_params
 
 SMALLEST_SIDE = 32
+ANYWHERE = (0.03, 0.97)  # of a side, for centres of defects
 # changes of the grey level, the range of all images being 1
 LEAST_CHANGE = 0.01
 CLEAR_CHANGE = 0.05
@@ -67,7 +68,8 @@ def plant_defects(
 
     Notes
     -----
-    The kinds take turns, image by image; size, place and strength are drawn:
+    The kinds take turns, image by image; size, place and strength are drawn. Defects
+    lie anywhere in the image, at its border, too, where some detectors see little:
 
     - blur: a spot out of focus;
     - hole: a dark spot of irregular outline;
@@ -166,7 +168,7 @@ def _over_channels(pixels):
     return pixels.max(axis=2) if pixels.ndim == 3 else pixels
 
 
-def irregular_spot(rng, height, width, *, radius, edge):
+def irregular_spot(rng, height, width, *, radius, edge, centre=(0.2, 0.8)):
     """Draw a spot of irregular outline.
 
     Parameters
@@ -179,13 +181,15 @@ def irregular_spot(rng, height, width, *, radius, edge):
         Smallest and largest mean radius, in parts of the shorter side.
     edge : float
         Width of the soft edge, in parts of the shorter side.
+    centre : tuple of float, default=(0.2, 0.8)
+        Where the centre may lie, in parts of each side.
 
     Returns
     -------
     numpy.ndarray of shape (height, width)
         Opacity of the spot, from 0 to 1.
     """
-    y, x = _offsets(rng, height, width, 0.2, 0.8)
+    y, x = _offsets(rng, height, width, *centre)
     angle = np.arctan2(y, x)
     outline = np.ones((height, width))
     for waves in range(2, 6):
@@ -210,7 +214,9 @@ def _spot(rng, image, low, high, softness):
     """Draw a spot of a radius between two, with an edge in parts of the radius."""
     radius = _log_uniform(rng, low, high)
     edge = max(softness * radius, 1 / min(image.shape[:2]))  # a pixel at least
-    return irregular_spot(rng, *image.shape[:2], radius=(radius, radius), edge=edge)
+    return irregular_spot(
+        rng, *image.shape[:2], radius=(radius, radius), edge=edge, centre=ANYWHERE
+    )
 
 
 def _blur(rng, image, other):
@@ -240,7 +246,7 @@ def _patch(rng, image, other):
 
 
 def _scratch(rng, image, other):
-    y, x = _offsets(rng, *image.shape[:2], 0.2, 0.8)
+    y, x = _offsets(rng, *image.shape[:2], *ANYWHERE)
     direction, half_length = rng.uniform(0, np.pi), _log_uniform(rng, 0.05, 0.4)
     along = (np.cos(direction) * x + np.sin(direction) * y) / half_length
     across = np.cos(direction) * y - np.sin(direction) * x
