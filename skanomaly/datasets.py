@@ -12,6 +12,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from ._datasets.folders import load_folder
 from ._datasets.layouts import load_mvtec, load_mvtec_ad2, load_mvtec_loco, load_visa
+from ._planting import irregular_spot, plant_defects
 from ._typing import validate_params
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "make_clips",
     "make_ellipses",
     "make_moving_shapes",
+    "plant_defects",
 ]
 
 TEXTURES_DESCR = """\
@@ -127,6 +129,7 @@ def load_textures(
     See Also
     --------
     load_mvtec : Load a folder in the layout of MVTec AD.
+    plant_defects : Plant defects in images of one's own.
 
     Notes
     -----
@@ -194,30 +197,18 @@ def _crop(rng, area, size):
     return crop[:, ::-1] if rng.randint(2) else crop
 
 
-def _spot(rng, size, radius, edge):
-    """Return the opacity of an irregular spot; lengths are fractions of the side."""
-    y, x = np.mgrid[:size, :size] / size - rng.uniform(0.2, 0.8, (2, 1, 1))
-    angle = np.arctan2(y, x)
-    outline = np.ones((size, size))
-    for waves in range(2, 6):
-        swing, phase = rng.uniform(0, 0.5 / waves), rng.uniform(0, 2 * np.pi)
-        outline += swing * np.cos(waves * angle + phase)
-    depth = rng.uniform(*radius) * outline - np.hypot(y, x)
-    return np.clip(depth / edge + 0.5, 0, 1)
-
-
 def _hole(rng, image, others):
-    opacity = _spot(rng, len(image), radius=(0.07, 0.13), edge=0.03)
+    opacity = irregular_spot(rng, *image.shape, radius=(0.07, 0.13), edge=0.03)
     return opacity, np.full(image.shape, rng.uniform(15, 40))
 
 
 def _patch(rng, image, others):
-    opacity = _spot(rng, len(image), radius=(0.12, 0.2), edge=0.03)
+    opacity = irregular_spot(rng, *image.shape, radius=(0.12, 0.2), edge=0.03)
     return opacity, _crop(rng, others[rng.randint(len(others))], len(image))
 
 
 def _stain(rng, image, others):
-    opacity = _spot(rng, len(image), radius=(0.14, 0.22), edge=0.12)
+    opacity = irregular_spot(rng, *image.shape, radius=(0.14, 0.22), edge=0.12)
     level, strength = (15, 240)[rng.randint(2)], rng.uniform(0.4, 0.6)
     return opacity, image + strength * (level - image)
 

@@ -15,20 +15,18 @@ from ._typing import ImagesOrPaths
 from ._validation import required_labels
 
 
-def _normals_and_anomalies(X, y, groups, min_normals):
-    """Indices of the normal and of the anomalous images, or a ValueError."""
+def _checked_labels(X, y, groups, min_normals):
+    """Return labels (n,) that hold enough normal images, or raise a ValueError."""
     X, y, groups = indexable(X, y, groups)
     n_samples = _num_samples(X)
-    if groups is not None:
-        warnings.warn("groups are not used.", UserWarning, stacklevel=3)
     labels = required_labels(y, n_samples)
-    normals, anomalies = np.flatnonzero(labels == 1), np.flatnonzero(labels == -1)
-    if len(normals) < min_normals:
+    n_normals = np.sum(labels == 1)
+    if n_normals < min_normals:
         raise ValueError(
             f"y must hold {min_normals} normal images (label +1) or more for these "
-            f"splits; got {len(normals)} among {n_samples} images."
+            f"splits; got {n_normals} among {n_samples} images."
         )
-    return normals, anomalies
+    return labels
 
 
 class OneClassKFold(KFold):
@@ -39,13 +37,16 @@ class OneClassKFold(KFold):
     test folds in turn, so that each one is tested exactly once and a set sorted by kind
     of defect has every kind in many folds.
 
+    Images of one group are tested in the same fold, so that no image is judged by a
+    detector that knows another of its group.
+
     Parameters
     ----------
     n_splits : int, default=5
         Number of folds, at least 2.
     shuffle : bool, default=False
-        Whether to shuffle the normal and the anomalous images before they are cut into
-        folds.
+        Whether to shuffle the normal and the anomalous images, or their groups, before
+        they are cut into folds.
     random_state : int, RandomState instance or None, default=None
         Seed of the shuffling; only with ``shuffle=True``.
 
@@ -53,6 +54,12 @@ class OneClassKFold(KFold):
     --------
     OneClassShuffleSplit : Random splits that test every anomaly each time.
     one_class_train_test_split : One split of arrays.
+    skanomaly.datasets.plant_defects : Makes anomalies, and groups, of normal images.
+
+    Notes
+    -----
+    Groups are cut into folds by their number, not by their size; those that hold normal
+    images first, and then the others, dealt in turn.
 
     Examples
     --------
@@ -63,7 +70,15 @@ class OneClassKFold(KFold):
     ...     print(train, test)
     [2 3] [0 1 4]
     [0 1] [2 3 5]
+    >>> groups = np.array([0, 1, 2, 3, 2, 0])
+    >>> for train, test in OneClassKFold(n_splits=2).split(y, y, groups):
+    ...     print(train, test)
+    [2 3] [0 1 5]
+    [0 1] [2 3 4]
     """
+
+    # with scikit-learn's metadata routing, groups are handed on without being asked for
+    __metadata_request__split = {"groups": True}
 
     def split(
         self,
@@ -81,7 +96,7 @@ class OneClassKFold(KFold):
             Labels (+1 normal, -1 anomalous) or masks (anomalous where a pixel is True).
             None: every image is normal.
         groups : array-like of shape (n,), default=None
-            Not used, present for scikit-learn's API; a UserWarning says so.
+            Group of each image, a number or a name. None: each image is a group.
 
         Yields
         ------
@@ -93,28 +108,45 @@ class OneClassKFold(KFold):
         Raises
         ------
         ValueError
-            If `y` holds other labels, or fewer than `n_splits` normal images.
+            If `y` holds other labels, or fewer than `n_splits` normal images or groups
+            of them.
 
         Warns
         -----
         UserWarning
-            If there are anomalies, but fewer than `n_splits`: some folds have none, and
-            there the area under a ROC curve is undefined.
+            If there are anomalies, but some folds have none: there the area under a ROC
+            curve is undefined.
         """
-        normals, anomalies = _normals_and_anomalies(X, y, groups, self.n_splits)
-        if 0 < len(anomalies) < self.n_splits:
+        labels = _checked_labels(X, y, groups, self.n_splits)
+        if groups is None:
+            numbers = np.arange(len(labels))
+        else:
+            numbers = np.unique(groups, return_inverse=True)[1]
+        normals = np.unique(numbers[labels == 1])
+        others = np.setdiff1d(numbers, normals)
+        if len(normals) < self.n_splits:
+            raise ValueError(
+                f"The normal images are of {len(normals)} groups, which cannot be cut "
+                f"into n_splits={self.n_splits} folds."
+            )
+        if self.shuffle:
+            others = check_random_state(self.random_state).permutation(others)
+        folds = []
+        for i, (_, test) in enumerate(super().split(normals)):
+            tested = np.concatenate([normals[test], others[i :: self.n_splits]])
+            folds.append(np.isin(numbers, tested))
+        is_anomaly = labels == -1
+        n_without = sum(not is_anomaly[fold].any() for fold in folds)
+        if is_anomaly.any() and n_without:
             warnings.warn(
-                f"y holds {len(anomalies)} anomalous images for "
-                f"n_splits={self.n_splits} folds: a fold without one has no area under "
-                "the ROC curve.",
+                f"y holds {is_anomaly.sum()} anomalous images for "
+                f"n_splits={self.n_splits} folds, and {n_without} have none: a fold "
+                "without one has no area under the ROC curve.",
                 UserWarning,
                 stacklevel=2,
             )
-        if self.shuffle:
-            anomalies = check_random_state(self.random_state).permutation(anomalies)
-        for i, (train, test) in enumerate(super().split(normals)):
-            test = np.concatenate([normals[test], anomalies[i :: self.n_splits]])
-            yield normals[train], np.sort(test)
+        for fold in folds:
+            yield np.flatnonzero(~fold & ~is_anomaly), np.flatnonzero(fold)
 
 
 class OneClassShuffleSplit(ShuffleSplit):
@@ -194,7 +226,10 @@ class OneClassShuffleSplit(ShuffleSplit):
         ValueError
             If `y` holds other labels, or fewer than two normal images.
         """
-        normals, anomalies = _normals_and_anomalies(X, y, groups, min_normals=2)
+        if groups is not None:
+            warnings.warn("groups are not used.", UserWarning, stacklevel=2)
+        labels = _checked_labels(X, y, groups, min_normals=2)
+        normals, anomalies = np.flatnonzero(labels == 1), np.flatnonzero(labels == -1)
         for train, test in super().split(normals):
             test = np.concatenate([normals[test], anomalies])
             yield np.sort(normals[train]), np.sort(test)

@@ -26,7 +26,7 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
     {"_backbones.sources", "_fitting.progress"},
     {"_validation"},
     {"_regions"},
-    {"base"},
+    {"_planting", "base"},
     {"backbones", "images", "pipeline"},
     {"_patches"},
     METHODS,

@@ -1,15 +1,23 @@
 import numpy as np
 import pytest
+from sklearn import config_context
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
+from skanomaly import SPADE, PatchCore, PatchDetector, ResizeImages
+from skanomaly.datasets import load_textures, plant_defects
+from skanomaly.metrics import (
+    anomaly_roc_auc,
+    make_localization_scorer,
+    pixel_roc_auc_score,
+)
 from skanomaly.model_selection import (
     OneClassKFold,
     OneClassShuffleSplit,
     one_class_train_test_split,
 )
-from skanomaly.pipeline import make_pipeline
+from skanomaly.pipeline import Pipeline, localize, make_pipeline
 
 
 class Deviation(OutlierMixin, BaseEstimator):
@@ -145,11 +153,6 @@ class TestBothSplitters:
         with pytest.raises(ValueError, match=r"\+1 for normal.*labels_from\(y"):
             next(splitter.split(X, (labels == -1).astype(int)))
 
-    def test_groups_are_not_ignored_in_silence(self, splitter):
-        X, labels, _ = toy()
-        with pytest.warns(UserWarning, match="groups are not used"):
-            next(splitter.split(X, labels, labels))
-
     def test_works_in_scikit_learn_with_labels(self, splitter):
         X, labels, _ = toy()
         scores = cross_val_score(
@@ -169,6 +172,115 @@ class TestBothSplitters:
         ).fit(X, masks)
         # to the power of 0 all pixels are equal
         np.testing.assert_array_equal(search.cv_results_["mean_test_score"], [0.5, 1])
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_k_fold_keeps_groups_together(seed, shuffle):
+    rng = np.random.default_rng(seed)
+    X, labels, _ = toy(n_normals=40, n_anomalies=30, seed=seed)
+    groups = rng.integers(0, 30, len(X))
+    names = np.array([f"part {group}" for group in groups])
+    splitter = OneClassKFold(4, shuffle=shuffle, random_state=seed if shuffle else None)
+
+    splits = list(splitter.split(X, labels, groups if seed % 2 else names))
+
+    tested = np.sort(np.concatenate([test for _, test in splits]))
+    np.testing.assert_array_equal(tested, np.arange(len(X)))
+    for train, test in splits:
+        assert not np.intersect1d(groups[train], groups[test]).size
+        np.testing.assert_array_equal(
+            train, np.setdiff1d(np.flatnonzero(labels == 1), test)
+        )
+
+
+def test_k_fold_of_planted_images_is_that_of_the_originals():
+    y, groups = np.repeat([1, -1], 20), np.tile(np.arange(20), 2)
+    splitter = OneClassKFold(5, shuffle=True, random_state=0)
+    for plain, grouped in zip(
+        splitter.split(np.ones(20)), splitter.split(y, y, groups), strict=True
+    ):
+        np.testing.assert_array_equal(grouped[0], plain[0])
+        np.testing.assert_array_equal(grouped[1], [*plain[1], *plain[1] + 20])
+
+
+def test_k_fold_refuses_too_few_groups():
+    with pytest.raises(ValueError, match=r"2 groups.*n_splits=3"):
+        next(OneClassKFold(3).split(np.ones(6), groups=[0, 0, 0, 1, 1, 1]))
+
+
+def test_k_fold_warns_of_folds_whose_groups_hold_no_anomaly():
+    y = np.array([1, 1, 1, 1, -1, -1])
+    with pytest.warns(UserWarning, match="2 anomalous images.*1 have none"):
+        next(OneClassKFold(2).split(y, y, [0, 1, 2, 3, 0, 1]))
+
+
+def test_shuffle_split_does_not_ignore_groups_in_silence():
+    X, labels, _ = toy()
+    with pytest.warns(UserWarning, match="groups are not used"):
+        next(OneClassShuffleSplit(3).split(X, labels, labels))
+
+
+@pytest.fixture(scope="module")
+def planted():
+    good = load_textures(n_train=24, n_test=1, size=64).X_train
+    return plant_defects(good, random_state=0)
+
+
+def frozen(method, **params):
+    return method(backbone="resnet18", weights=None, random_state=0, **params)
+
+
+def test_without_groups_the_background_is_known_by_heart(planted):
+    """What is left of the original lies at distance 0 to the training images."""
+    aurocs = [
+        cross_val_score(
+            frozen(PatchCore, coreset=1.0, layers=("layer1", "layer2")),
+            planted.X,
+            planted.y,
+            groups=groups,
+            cv=OneClassKFold(3, shuffle=True, random_state=0),
+            scoring=anomaly_roc_auc,
+        ).mean()
+        for groups in (planted.groups, None)
+    ]
+    assert aurocs[0] > 0.5
+    assert aurocs[1] < aurocs[0] - 0.2
+
+
+@pytest.mark.parametrize("judged_by", ["labels", "masks"])
+def test_whole_methods_are_chosen_by_planted_defects(planted, judged_by):
+    methods = [
+        frozen(SPADE, layers=("layer2", "layer3")),
+        frozen(PatchDetector, layers=("layer1",)),
+    ]
+    by_labels = judged_by == "labels"
+    search = GridSearchCV(
+        Pipeline([("size", ResizeImages(size=32)), ("detect", methods[0])]),
+        {"detect": methods},
+        cv=OneClassKFold(2, shuffle=True, random_state=0),
+        scoring=anomaly_roc_auc if by_labels else pixel_roc_auc,
+        error_score="raise",
+    )
+    y = planted.y if by_labels else planted.masks
+    search.fit(planted.X, y, groups=planted.groups)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert localize(search, planted.X[:2]).shape == (2, 64, 64)
+
+
+def test_groups_and_masks_go_by_metadata_routing(planted):
+    scorer = make_localization_scorer(pixel_roc_auc_score)
+    X, params = planted.X[..., 0] / 255, {"power": [1.0, 2.0]}
+    settings = {"cv": OneClassKFold(3, shuffle=True, random_state=0), "refit": False}
+    with config_context(enable_metadata_routing=True):
+        scorer.set_score_request(masks=True)
+        search = GridSearchCV(Deviation(), params, scoring=scorer, **settings)
+        search.fit(X, planted.y, groups=planted.groups, masks=planted.masks)
+    other = GridSearchCV(Deviation(), params, scoring=pixel_roc_auc, **settings)
+    other.fit(X, planted.masks, groups=planted.groups)
+    np.testing.assert_allclose(
+        search.cv_results_["mean_test_score"], other.cv_results_["mean_test_score"]
+    )
 
 
 def test_splitters_differ_by_seed():
