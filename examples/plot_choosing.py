@@ -9,8 +9,6 @@ rank methods and settings; other defects, which no search has seen, show how wel
 # %%
 # The good images are crops of a photograph. Each gets a copy with a defect.
 
-import argparse
-
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import spearmanr
@@ -21,14 +19,6 @@ from skanomaly import PaDiM, PatchCore, PatchDetector, Pipeline
 from skanomaly.datasets import load_textures, plant_defects
 from skanomaly.metrics import anomaly_roc_auc
 from skanomaly.model_selection import OneClassKFold
-
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument(
-    "--weights",
-    default=None,
-    help="'imagenet' or the file of a ResNet-18 state dict; random weights without it",
-)
-weights = parser.parse_known_args()[0].weights
 
 data = load_textures(n_train=40, n_test=40, random_state=1)
 planted = plant_defects(data.X_train, random_state=0)
@@ -45,16 +35,14 @@ plt.savefig("planted.png")
 
 # %%
 # A grid search compares whole methods. ``groups`` keeps a copy and its original in one
-# fold: a copy is tested by detectors that do not know its background. Random weights,
-# the default of this script, need no download; ``--weights imagenet`` is what to use in
-# earnest.
+# fold: a copy is tested by detectors that do not know its background.
 
-frozen = {"backbone": "resnet18", "weights": weights, "random_state": 0}
-layers = [("layer1",), ("layer2",), ("layer3",), ("layer2", "layer3")]
+frozen = {"backbone": "efficientnet_lite0", "random_state": 0}
+layers = [("blocks.2",), ("blocks.4",), ("blocks.10",), ("blocks.4", "blocks.10")]
 candidates = [
     *(PatchDetector(layers=own, **frozen) for own in layers),
-    PatchDetector(layers=("layer1",), image_score="top", **frozen),
-    *(PaDiM(layers=own, n_features=50, **frozen) for own in layers[:2]),
+    PatchDetector(layers=("blocks.2",), image_score="top", **frozen),
+    *(PaDiM(layers=own, n_features=20, **frozen) for own in layers[:2]),
     *(PatchCore(coreset=0.1, layers=own, **frozen) for own in layers[:2]),
 ]
 search = GridSearchCV(

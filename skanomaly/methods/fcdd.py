@@ -723,10 +723,12 @@ class FCDD(NetworkDetector):
 
     With the default network and images of 224 pixels, training wants a GPU; a smaller
     ``batch_size`` needs less memory. On a processor, images of 64 pixels,
-    ``architecture="cnn32"``, ``width=32``, ``weights=None``, ``optimizer="adam"``,
-    ``batch_size=16``, ``loss="pixel"`` and about 1,500 batches (``max_epochs=500`` for
-    48 images) are a good start. In so few batches the loss of whole images found the
-    places of defects much worse.
+    ``architecture="cnn32"``, ``width=64``, ``weights=None``, ``optimizer="adam"``,
+    ``batch_size=16``, ``loss="pixel"``, ``sigma=20.0`` and about 1,500 batches
+    (``max_epochs=500`` for 48 images) are a start. In so few batches the loss of whole
+    images found the places of defects much worse. For 42 toothbrushes of MVTec AD,
+    three seeds, image and pixel AUROC are 0.920 and 0.912, less than those of the
+    distance to the mean image (0.969 and 0.965).
 
     References
     ----------
