@@ -13,7 +13,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from tqdm.auto import tqdm
 
 from ._fitting.batches import ImageBatches, move_network, resolve_device
-from ._fitting.loop import seeded
+from ._fitting.loop import autocast, seeded
 from ._fitting.persistence import (
     HOW_TO_COMPUTE,
     as_fitted,
@@ -266,7 +266,7 @@ class GrowingDetector(PatchwiseDetector):
                 return self
             if hasattr(self, "network_"):
                 move_network(self.network_, images.device)
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), autocast(images.device, "float32"):
                 degrees, peaks = self._update(images)
             check_finite(self, degrees, peaks)
             self._seen = np.concatenate([self._seen, images.keys])

@@ -205,8 +205,9 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
             self._check_settings()
             _validation.warn_of_copies(images.groups)
         persistence.forget(self, "offset_", "map_threshold_")
-        # whatever the caller has switched off
-        with torch.inference_mode(False), torch.enable_grad():
+        # whatever the caller has switched on or off
+        usual = loop.autocast(images.device, "float32")
+        with torch.inference_mode(False), torch.enable_grad(), usual:
             degrees, peaks = self._fit(images, labels, **given)
         _validation.check_finite(self, degrees, peaks)
         self._value_range = value_range and tuple(value_range)

@@ -22,6 +22,7 @@ from torch import nn
 
 from .._fitting.batches import ImageBatches
 from .._fitting.loop import Samples, seeded_generator
+from .._fitting.persistence import shared_tensor
 from .._tensors.filters import full_precision, gaussian_blur
 from .._tensors.networks import pad_to_multiple
 from .._tensors.synthesis import uniform
@@ -948,7 +949,7 @@ class FCDD(NetworkDetector):
         """Return images (b, c, h, w) as the network takes them."""
         if self.local_contrast:
             images = normalize_contrast(images)
-        low, high = torch.from_numpy(self.channel_range_).to(images.device)
+        low, high = shared_tensor(self.channel_range_).to(images.device)
         low, high = low.view(-1, 1, 1), high.view(-1, 1, 1)
         spread = torch.where(high - low > 1e-6, high - low, 1.0)
         return (images - low) / spread
