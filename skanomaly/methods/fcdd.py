@@ -53,6 +53,7 @@ SMALLEST_CONTRAST = 1e-4  # below it is rounding
 MAX_ANOMALIES = 2000
 LAST_PRETRAINED = "features.14"  # the third pool of torchvision's VGG-11
 N_PRETRAINED = 15
+OF_THE_FIRST_FIT = "local_contrast", "optimizer", "weight_decay"
 
 
 # The networks
@@ -135,7 +136,7 @@ def receptive_field(layers):
     Parameters
     ----------
     layers : iterable of torch.nn.Module
-        Layers in their order. Those without a kernel change nothing.
+        Layers in their order. Convolutions without dilation and maximum pools count.
 
     Returns
     -------
@@ -263,8 +264,10 @@ def _spread(n_pixels, n_cells, field, sigma, device):
 
 def _log_chance(degrees):
     """Return the logarithm of the probability that images are anomalous."""
+    # the gradient passes the bound: a mask of few pixels would not be learned otherwise
+    bounded = degrees + (degrees.clamp(min=SMALLEST_SCORE) - degrees).detach()
     # log(1 - exp(-s)) as it stands would lose all digits of a small s
-    return torch.log(-torch.expm1(-degrees.clamp(min=SMALLEST_SCORE)))
+    return torch.log(-torch.expm1(-bounded))
 
 
 @full_precision
@@ -684,6 +687,11 @@ class FCDD(NetworkDetector):
     as well, half of the replaced images are labelled anomalies. Thresholds come from
     the normal images. A mask of another size than the images is resized; a pixel is
     anomalous if a part of it is. Behind a step that crops, masks must be cropped alike.
+    With masks, an image whose defect an augmentation has cropped away counts as normal;
+    without, it counts as anomalous.
+
+    An early stop judges images held out of the normal ones, with a fixed share of
+    anomalies among them; labelled anomalies and `anomalies` are those of the training.
 
     Departures from the paper and its code:
 
@@ -692,7 +700,7 @@ class FCDD(NetworkDetector):
     - The Gaussians are sampled at the exact centres of the receptive fields (the code's
       even kernels double their middle) and divided by the map of ones. The code's maps
       are 3.69 times larger in the default setting, ripple by 3 % and fall off at the
-      border; ranks within an image change there only.
+      border; ranks within an image change most there.
     - The score is the mean of the cells, as in the code; the paper has their sum.
     - A training image is its own 240 pixels: half of the images are cropped to 224 /
       240 of their sides and enlarged. Confetti are dropped after that, so that none is
@@ -707,16 +715,16 @@ class FCDD(NetworkDetector):
     - With pretrained weights, the layers up to the third pool keep their parameters,
       but their batch normalisation goes by the batch in training and goes on to update
       its statistics, as in the code. The layers above begin with torchvision's
-      initialisation of a VGG; what the code takes is unknown. Without pretrained
-      weights all layers are trained.
+      initialisation of a VGG, the last one with torch's own; what the code takes is
+      unknown. Without pretrained weights all layers are trained.
     - The network for 32 pixels lacks the batch normalisation of 256 parameters that
       the code never calls. In the small networks no rectifier stands between the last
-      two convolutions; of the one for 224 pixels that is assumed.
+      two convolutions.
     - ``max_epochs`` counts passes over the images, where an epoch of the code has ten;
-      the learning rates fall as in the code, over whatever number of epochs. A batch
-      is one of 128 images; the code adds up the gradients of eight batches of 16.
+      the learning rates fall as in the code, over whatever number of epochs.
     - Images are padded by replication to a multiple of the network's stride.
-    - The minimum of the mean that the logarithm sees is 1e-6; the code adds 1e-31.
+    - The minimum of the mean that the logarithm sees is 1e-6, and its gradient passes
+      that; the code adds 1e-31.
 
     Pretrained weights see images with that normalisation, not with ImageNet's mean and
     standard deviation. VGG-11 takes images of one or three channels with them, and grey
@@ -877,6 +885,8 @@ class FCDD(NetworkDetector):
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
 
     def _check_settings(self):
+        if self._continues:
+            self._refuse_changes()
         if self._is_pretrained:
             check_backbone_takes("vgg11_bn", self.image_shape_)
             if self.width not in (None, PLANS["vgg11"].width):
@@ -889,6 +899,15 @@ class FCDD(NetworkDetector):
                 f"weights={os.fspath(self.weights)!r} are for architecture='vgg11'; "
                 f"{self.architecture!r} is trained from random ones, weights=None."
             )
+
+    def _refuse_changes(self):
+        for name in OF_THE_FIRST_FIT:
+            if getattr(self, name) != self._built_from[name]:
+                raise ValueError(
+                    f"With warm_start=True a fit goes on as the first one began, with "
+                    f"{name}={self._built_from[name]!r}, not {getattr(self, name)!r}. "
+                    "Set it back, or warm_start to False."
+                )
 
     def _check_y(self, y, n_samples):
         labels = super()._check_y(y, n_samples)
@@ -962,11 +981,15 @@ class FCDD(NetworkDetector):
         sigma = self.sigma * math.sqrt(math.prod(size)) / SIGMA_SIDE
         return upsample(cells, size, self.network_.field, sigma)
 
-    def _disturb(self, images, pools, generator):
+    def _disturb(self, images, pools, generator, is_training=True):
         """Return images with anomalies among them, which, and where they are so."""
         n, channels, *size = images.shape
         masks = images.new_zeros(n, *size)
         anomalous = torch.rand(n, generator=generator) < self.anomaly_probability
+        if not is_training and n > 1:
+            # few images held out would often be all normal, or all anomalous
+            n_anomalous = min(max(1, round(self.anomaly_probability * n)), n - 1)
+            anomalous = torch.randperm(n, generator=generator) < n_anomalous
         rows = torch.nonzero(anomalous)[:, 0]
         sources = torch.randint(max(1, len(pools)), rows.shape, generator=generator)
         images = images.clone()
@@ -976,7 +999,10 @@ class FCDD(NetworkDetector):
                 images[own], masks[own] = pool.draw(len(own), generator=generator)
         if self.augment:
             images, masks = crop(images, masks, generator=generator)
-        if not pools and len(rows):
+        anomalous = anomalous.to(images.device)
+        if pools:
+            anomalous = masks.flatten(1).amax(dim=1) > 0
+        elif len(rows):
             clean = images[rows]
             changes = confetti(
                 len(rows), channels, *size, generator=generator, device=images.device
@@ -985,10 +1011,12 @@ class FCDD(NetworkDetector):
             masks[rows] = (images[rows] != clean).any(dim=1).float()
         if self.augment:
             images = jitter(images, generator=generator)
-        return images, anomalous.to(images.device), masks
+        return images, anomalous, masks
 
     def _losses(self, network, batch, *, pools, by_pixel):
-        images, anomalous, masks = self._disturb(batch.images, pools, batch.generator)
+        images, anomalous, masks = self._disturb(
+            batch.images, pools, batch.generator, network.training
+        )
         cells = self._cells(network, images)
         if by_pixel:
             loss = pixel_loss(self._upsample(cells, images.shape[-2:]), masks)

@@ -293,6 +293,19 @@ def test_the_loss_of_images():
     assert losses[-1] < 1e-6
 
 
+def test_small_masks_and_small_scores_are_learned():
+    outputs = torch.full((1, 224, 224), 0.14, requires_grad=True)
+    masks = torch.zeros(1, 224, 224)
+    masks[0, 50:52, 60:62] = 1
+    fcdd.pixel_loss(fcdd.pseudo_huber(outputs), masks).backward()
+    inside = masks > 0
+    assert (outputs.grad[inside] < 0).all()
+    assert (outputs.grad[~inside] > 0).all()
+    outputs = torch.full((1, 4, 4), 1e-3, requires_grad=True)
+    fcdd.image_loss(fcdd.pseudo_huber(outputs), torch.tensor([True])).backward()
+    assert (outputs.grad < 0).all()
+
+
 def test_the_loss_of_pixels():
     maps = torch.rand(2, 4, 5, generator=seeded())
     masks = torch.zeros(2, 4, 5)
@@ -629,3 +642,41 @@ def test_onnx(fitted, tmp_path):
     maps, scores = session.run(["maps", "scores"], {"images": X})
     np.testing.assert_allclose(maps, fitted.localize(X), atol=1e-4)
     np.testing.assert_allclose(scores, fitted.score_samples(X), atol=1e-4)
+
+
+def test_a_defect_that_is_cropped_away_is_none(small):
+    detector = small(FCDD, anomaly_probability=0.99)
+    masks = torch.zeros(64, 32, 32)
+    masks[:, 0] = 1  # a row that most crops lose
+    images = torch.rand(64, 3, 32, 32)
+    pool = fcdd.Pool(images, masks)
+    _, anomalous, masks = detector._disturb(images, [pool], seeded())
+    assert torch.equal(anomalous, masks.flatten(1).any(dim=1))
+    assert 0 < anomalous.sum() < 60
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_images_held_out_are_of_both_kinds(small, n):
+    detector = small(FCDD, anomaly_probability=0.5)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.rand(n, 3, 32, 32)
+        _, anomalous, _ = detector._disturb(images, [], generator, False)
+        assert anomalous.sum() == round(n / 2)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"local_contrast": False}, {"optimizer": "sgd"}, {"weight_decay": 0.5}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_warm_start_refuses_what_it_cannot_change(small, changed):
+    X = striped(8)
+    detector = small(FCDD, warm_start=True).fit(X)
+    expected = detector.score_samples(X)
+    (name,) = changed
+    with pytest.raises(
+        ValueError, match=f"goes on as the first one began, with {name}"
+    ):
+        detector.set_params(**changed).fit(X)
+    np.testing.assert_array_equal(detector.score_samples(X), expected)
