@@ -25,7 +25,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
-default_role = "py:obj"
+default_role = "literal"  # names of parameters
 
 autosummary_generate = True
 autosummary_context = {
@@ -109,9 +109,17 @@ CITED = {
     "https://scikit-learn.org/stable/": [
         ("sklearn.frozen.FrozenEstimator", "class", "modules/generated/$.html#$"),
         ("sklearn.pipeline.Pipeline", "class", "modules/generated/$.html#$"),
+        *(
+            (f"sklearn.{name}", "function", "modules/generated/$.html#$")
+            for name in (
+                "metrics.average_precision_score",
+                "metrics.make_scorer",
+                "metrics.roc_auc_score",
+            )
+        ),
         (
-            "sklearn.metrics.average_precision_score",
-            "function",
+            "sklearn.model_selection.HalvingGridSearchCV",
+            "class",
             "modules/generated/$.html#$",
         ),
     ],
