@@ -35,7 +35,7 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
     {"_regions"},
     {"_planting", "base"},
     {"backbones", "images", "pipeline"},
-    {"_patches"},
+    {"_map_scores", "_patches"},
     METHODS,
     {"_datasets.masks"},
     {"_datasets.folders"},
