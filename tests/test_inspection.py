@@ -21,6 +21,7 @@ from skanomaly import (
     CenterCropImages,
     LoadImages,
     MemAE,
+    PatchDetector,
     Pipeline,
     ResizeImages,
     ThresholdCalibrator,
@@ -258,8 +259,9 @@ def test_pipelines_and_searches_of_scikit_learn(steps, small):
 
 
 @pytest.mark.parametrize("as_pipeline", [False, True])
-def test_a_calibrator_adds_p_values_and_uses_its_thresholds(small, as_pipeline):
-    detector = small(SPADE, n_neighbors=2, image_score="max")
+@pytest.mark.parametrize("method", [SPADE, PatchDetector])
+def test_a_calibrator_adds_p_values_and_uses_its_thresholds(small, method, as_pipeline):
+    detector = small(method, image_score="max")
     if as_pipeline:
         resize = ("resize", ResizeImages(size=32))
         detector = sklearn_pipeline.Pipeline([resize, ("detect", detector)])
