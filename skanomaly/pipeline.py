@@ -13,7 +13,6 @@ from sklearn.utils.validation import check_is_fitted
 from ._regions import find_regions
 from ._typing import ImagesOrPaths, available_if
 from ._validation import holds_paths
-from .base import BaseDetector
 
 __all__ = ["Pipeline", "localize", "make_pipeline"]
 
@@ -248,9 +247,7 @@ def with_maps(estimator: Any) -> Any:
 
 def unwrapped(estimator):
     """Return the estimator inside of a search, a calibrator or a frozen one."""
-    if isinstance(estimator, BaseDetector):  # that of a PatchDetector is a part of it
-        return estimator
-    for name in ("best_estimator_", "estimator_"):
+    for name in ("best_estimator_", "_calibrated"):
         if hasattr(estimator, name):
             return unwrapped(getattr(estimator, name))
     if isinstance(estimator, FrozenEstimator):
