@@ -1,0 +1,352 @@
+"""A report on images as one HTML page."""
+
+import base64
+import hashlib
+import io
+import os
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image
+from sklearn.utils import Bunch
+from sklearn.utils.validation import column_or_1d
+
+from ._fitting.files import replacing, try_to_write
+from ._pictures import Pictures, color_limits, regions_of
+from ._typing import ImagesOrPaths, StrPath
+from ._validation import check_maps, check_masks
+from .version import __version__
+
+# of the photographs together, as they stand in the page: base64 adds a third
+PHOTOGRAPH_BYTES = 12e6
+PHOTOGRAPH_SIDES = 960, 640, 480, 320, 240, 160  # longest ones, in pixels
+MAP_SIDE = 160
+MAX_REGIONS = 50  # drawn of an image
+N_BINS = 60
+# from dark to bright, as matplotlib's "inferno", whose author gave it to the public
+COLORS = np.array(
+    [
+        *((0, 0, 4), (33, 12, 74), (87, 16, 110), (138, 34, 106), (188, 55, 84)),
+        *((228, 90, 49), (249, 142, 9), (249, 203, 53), (252, 255, 164)),
+    ]
+)
+
+
+def write_report(
+    report: Bunch,
+    images: ImagesOrPaths,
+    path: StrPath,
+    *,
+    names: ArrayLike | None = None,
+    title: str = "Inspection report",
+    date: Any = None,
+) -> None:
+    """Write a report on images as one HTML page, to open in a browser or to mail.
+
+    Parameters
+    ----------
+    report : sklearn.utils.Bunch
+        What `inspect` returned.
+    images : array-like of shape (n, H, W, C), (n, H, W), or list of paths
+        The images that were inspected: grey (C = 1) or RGB (C = 3), uint8 or float in
+        [0, 1]; or the paths of the photographs.
+    path : str or path-like
+        The page, such as "report.html". A file that is there is replaced once the new
+        one is complete.
+    names : array-like of shape (n,), default=None
+        Names of the images. None: the paths below the folder that all are in, or the
+        numbers of the images.
+    title : str, default="Inspection report"
+        Title of the page.
+    date : object, default=None
+        Date or time of the page, written as ``str`` has it. None: the page has none,
+        so that equal reports give equal files.
+
+    Raises
+    ------
+    ValueError
+        If there are other numbers of images or names than of scores, regions that reach
+        beyond their images, or a report on clips.
+    OSError
+        If the page cannot be written, or a photograph not be read.
+
+    See Also
+    --------
+    inspect : Makes reports.
+    skanomaly.display.AnomalyMapDisplay : Figures of a few images.
+
+    Notes
+    -----
+    The page holds all that it shows, asks nothing of a network, and runs no script but
+    its own, which sorts and filters the table: names are text, whatever is in them.
+
+    Photographs are at most 960 pixels wide and high, and smaller in long reports, so
+    that a page of 500 images has less than 20 MB. Of an image, the 50 regions with the
+    highest peaks are drawn. Maps have the colour scale of
+    :class:`skanomaly.display.AnomalyMapDisplay`, with the threshold in its middle.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from skanomaly import SPADE
+    >>> from skanomaly.inspection import write_report
+    >>> X = np.random.default_rng(0).random((8, 32, 32, 3), dtype=np.float32)
+    >>> detector = SPADE(backbone="resnet18", weights=None).fit(X[:6])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     page = Path(folder) / "report.html"
+    ...     write_report(detector.inspect(X[6:]), X[6:], page, date="2031-05-04")
+    ...     print(page.read_text().count("<tbody"))
+    2
+    """
+    pictures = Pictures(images)
+    n = len(pictures)
+    names = _names(names, pictures)
+    _check(report, n)
+    what = f"path={os.fspath(path)!r}"
+    try_to_write(path, what)
+
+    columns = {"Score": (report.scores, "#.4g")}
+    if "p_values" in report:
+        columns["p-value"] = report.p_values, ".3g"
+    if "regions" in report:
+        counts = np.bincount(report.regions["image"], minlength=n)
+        columns["Regions"] = counts, "d"
+    scale = None
+    if "maps" in report:
+        scale = color_limits(report.maps, report.map_threshold)
+    rows = [
+        _row(number, names[number], report, columns)
+        + _figures(report, pictures, number, scale)
+        + "</td></tr></tbody>"
+        for number in np.argsort(report.scores, kind="stable")
+    ]
+    folder = files("skanomaly")
+    script = folder.joinpath("_report.js").read_text("utf-8")
+    page = Template(folder.joinpath("_report.html").read_text("utf-8")).substitute(
+        title=escape(title),
+        date="" if date is None else f'<p class="soft">{escape(str(date))}</p>',
+        summary=_summary(report),
+        histogram=_histogram(report),
+        colors="" if scale is None else _color_scale(scale),
+        head="".join(_head(column) for column in ("Name", "Label", *columns)),
+        rows="\n".join(rows),
+        script=script,
+        script_hash=_base64(hashlib.sha256(script.encode()).digest()),
+        version=__version__,
+    )
+    with replacing(path, what) as file:
+        # names of files may hold bytes that are no text
+        file.write(page.encode("utf-8", "backslashreplace"))
+
+
+def _names(names, pictures):
+    if names is not None:
+        names = [str(name) for name in column_or_1d(names)]
+    elif pictures.paths is None:
+        names = [f"image {number}" for number in range(len(pictures))]
+    else:
+        paths = [os.path.abspath(path) for path in pictures.paths]
+        folder = os.path.commonpath(map(os.path.dirname, paths))
+        names = [os.path.relpath(path, folder) for path in paths]
+    if len(names) != len(pictures):
+        raise ValueError(f"names must be of {len(pictures)} images, got {len(names)}.")
+    return names
+
+
+def _check(report, n):
+    if len(report.scores) != n:
+        raise ValueError(f"report is of {len(report.scores)} images, but {n} came.")
+    if "maps" not in report:
+        return
+    check_masks(report.masks)
+    if check_maps(report.maps).ndim != 3:
+        raise ValueError(
+            "report must be of images, with maps (n, H, W); those of clips have the "
+            f"shape {report.maps.shape}."
+        )
+
+
+# The parts of the page
+
+
+def _summary(report):
+    n, n_anomalous = len(report.labels), int((report.labels == -1).sum())
+    facts = {
+        "Images": n,
+        "Anomalous": f"{n_anomalous} ({n_anomalous / n:.1%})",
+        "Threshold of the scores": f"{report.offset:.4g}",
+    }
+    return "".join(
+        f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items()
+    )
+
+
+def _histogram(report):
+    edges = np.histogram_bin_edges([*report.scores, report.offset], N_BINS)
+    anomalous = report.labels == -1
+    stack = [np.histogram(report.scores[anomalous], edges)[0]]
+    stack.append(np.histogram(report.scores[~anomalous], edges)[0])
+    top = max(sum(stack))
+    bars = []
+    for kind, counts, below in zip(
+        ("anomalous", "normal"), stack, (0 * stack[0], stack[0]), strict=True
+    ):
+        bars += [
+            f'<rect class="{kind}" x="{i}" y="{top - below[i] - count}" width="0.9" '
+            f'height="{count}"/>'
+            for i, count in enumerate(counts)
+            if count
+        ]
+    place = N_BINS * (report.offset - edges[0]) / (edges[-1] - edges[0])
+    return (
+        '<h2 id="scores">Scores</h2><figure class="histogram">'
+        f'<svg viewBox="0 0 {N_BINS} {top}" preserveAspectRatio="none" role="img" '
+        'aria-labelledby="scores caption">'
+        f'{"".join(bars)}<line x1="{place:.3f}" x2="{place:.3f}" y1="0" y2="{top}"/>'
+        f'</svg><div class="axis soft"><span>{edges[0]:.4g}</span>'
+        f"<span>{edges[-1]:.4g}</span></div>"
+        '<figcaption id="caption" class="soft">'
+        '<span class="key" style="background: var(--bad)"></span>anomalous '
+        '<span class="key" style="background: var(--good)"></span>normal '
+        f"images by score; the line is the threshold, {report.offset:.4g}, and the "
+        f"highest bar has {top} images.</figcaption></figure>"
+    )
+
+
+def _color_scale(scale):
+    low, high = scale
+    stops = ", ".join("rgb({}, {}, {})".format(*color) for color in COLORS)
+    return (
+        f'<h2>Colours of the maps</h2><div class="scale" style="background: '
+        f'linear-gradient(to right, {stops})"></div><div class="axis soft">'
+        f"<span>{low:.4g}</span><span>threshold {(low + high) / 2:.4g}</span>"
+        f"<span>{high:.4g} and more</span></div>"
+    )
+
+
+def _head(column):
+    order = ' aria-sort="ascending"' if column == "Score" else ""
+    return f'<th scope="col"{order}><button type="button">{column}</button></th>'
+
+
+def _row(number, name, report, columns):
+    """Return the row of the table, and the beginning of that of the pictures."""
+    kind = "anomalous" if report.labels[number] == -1 else "normal"
+    cells = [
+        f'<td data-value="{values[number].item()!r}">{values[number]:{form}}</td>'
+        for values, form in columns.values()
+    ]
+    name = escape(name).replace("/", "/<wbr>")
+    return (
+        f'<tbody class="{kind}"><tr><th scope="row"><button type="button" '
+        f'aria-expanded="false" aria-controls="of-{number}"><bdi>{name}</bdi>'
+        f'</button></th><td>{kind}</td>{"".join(cells)}</tr><tr id="of-{number}" hidden>'
+        f'<td class="pictures" colspan="{len(columns) + 2}">'
+    )
+
+
+def _figures(report, pictures, number, scale):
+    """Return photograph, map, and outlines with boxes of an image."""
+    photograph, (height, width) = _photograph(pictures, number)
+    size = f'width="{width}" height="{height}" preserveAspectRatio="none"'
+
+    def figure(content, caption):
+        return (
+            f'<figure><svg viewBox="0 0 {width} {height}" role="img" '
+            f'aria-label="{caption}">{content}</svg>'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+
+    original = f'<image id="photo-{number}" {size} href="{photograph}"/>'
+    if scale is None:
+        return f"<div>{figure(original, 'Photograph')}</div>"
+    again = f'<use href="#photo-{number}"'
+    colors = _colored(report.maps[number], scale)
+    regions = regions_of(report.regions, number, (height, width))
+    n_regions = len(regions)
+    regions = regions[np.argsort(-regions["peak"], kind="stable")[:MAX_REGIONS]]
+    caption = f"{n_regions or 'No'} region{'s' * (n_regions != 1)}"
+    if n_regions > MAX_REGIONS:
+        caption += f", boxes around the {MAX_REGIONS} with the highest peaks"
+    figures = (
+        figure(original, "Photograph"),
+        figure(
+            f'{again} class="grey"/><image {size} opacity="0.6" href="{colors}"/>',
+            "Anomaly map",
+        ),
+        figure(
+            f"{again}/>{_outlines(report.masks[number], height, width)}"
+            f"{''.join(map(_box, regions))}",
+            caption,
+        ),
+    )
+    return f"<div>{''.join(figures)}</div>"
+
+
+def _box(region):
+    width, height = region["right"] - region["left"], region["bottom"] - region["top"]
+    return (
+        f'<rect class="found box" x="{region["left"]}" y="{region["top"]}" '
+        f'width="{width}" height="{height}"><title>{width} x {height} pixels, '
+        f"area {region['area']}, peak {region['peak']:.4g}</title></rect>"
+    )
+
+
+def _outlines(mask, height, width):
+    """Return the outlines of a mask that is stretched over so many pixels."""
+    if not mask.any():
+        return ""
+    from skimage.measure import approximate_polygon, find_contours
+
+    step = -(-max(mask.shape) // 256)  # of large masks, a bounded number of corners
+    mask = np.pad(mask[::step, ::step], 1)
+    scale = np.array([height, width]) / (np.array(mask.shape) - 2)
+    outlines = sorted(find_contours(mask, 0.5), key=len)[-MAX_REGIONS:]
+    lines = []
+    for outline in outlines:
+        corners = (approximate_polygon(outline, 0.4) - 0.5) * scale
+        lines.append("M" + " ".join(f"{x:.1f},{y:.1f}" for y, x in corners) + "Z")
+    return f'<path class="found" d="{"".join(lines)}"/>'
+
+
+def _photograph(pictures, number):
+    """Return a photograph as text, as large as its share of the page allows."""
+    n_bytes = PHOTOGRAPH_BYTES * 3 / 4 / len(pictures)
+    picture, shape = pictures.read(number, PHOTOGRAPH_SIDES[0])
+    for side in PHOTOGRAPH_SIDES:
+        picture.thumbnail((side, side))
+        encoded = _jpeg(picture)
+        if len(encoded) <= n_bytes:
+            break
+    return _data_uri(encoded), shape
+
+
+def _colored(values, scale):
+    """Return the colours of a map as text."""
+    low, high = scale
+    picture = Image.fromarray(values.astype(np.float32))
+    picture.thumbnail((MAP_SIDE, MAP_SIDE), Image.Resampling.BILINEAR)
+    places = (np.asarray(picture) - low) / ((high - low) or 1)
+    stops = np.linspace(0, 1, len(COLORS))
+    colors = [np.interp(places, stops, channel) for channel in COLORS.T]
+    return _data_uri(_jpeg(Image.fromarray(np.stack(colors, -1).astype(np.uint8))))
+
+
+def _jpeg(picture):
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80, optimize=True)
+    return file.getvalue()
+
+
+def _data_uri(jpeg):
+    return f"data:image/jpeg;base64,{_base64(jpeg)}"
+
+
+def _base64(content):
+    return base64.b64encode(content).decode()
