@@ -11,7 +11,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import Bunch
 
-from skanomaly import LoadImages, ThresholdCalibrator, localize
+from skanomaly import LoadImages, ResizeImages, ThresholdCalibrator, localize
 from skanomaly._backbones.sources import find_source
 from skanomaly.display import (
     MASK_COLOR,
@@ -389,39 +389,39 @@ def test_scores_are_drawn_by_class():
         ScoresDisplay.from_scores(scores, y + 1)
 
 
-def test_scores_and_charts_of_estimators(paths, small, tmp_path):
-    Image.new("RGB", (16, 16), "white").save(tmp_path / "white.png")
+def test_scores_and_charts_of_estimators(small, random_images):
     holder = search(
-        calibrated(PLAIN(LoadImages(), small("SPADE", image_score="max"))), cv=[2]
-    ).fit(paths)
-    paths = [*paths, tmp_path / "white.png"]
+        calibrated(PLAIN(ResizeImages(size=16), small("SPADE", image_score="max"))),
+        cv=[2],
+    ).fit(random_images(12, 16, 16, 3))
+    X = random_images(12, 16, 16, 3, seed=1)
     calibrator = holder.best_estimator_
     _, ax = plt.subplots()
-    display = ScoresDisplay.from_estimator(holder, paths, ax=ax)
+    display = ScoresDisplay.from_estimator(holder, X, ax=ax)
     assert display.ax_ is ax
     assert display.offset == calibrator.offset_
-    np.testing.assert_array_equal(display.scores, calibrator.score_samples(paths))
+    np.testing.assert_array_equal(display.scores, calibrator.score_samples(X))
 
-    chart = ControlChartDisplay.from_estimator(holder, paths)
+    chart = ControlChartDisplay.from_estimator(holder, X)
     assert chart.limit == calibrator.offset_
     np.testing.assert_array_equal(chart.values, display.scores)
     of_p_values = ControlChartDisplay.from_estimator(
-        holder, paths, response_method="p_values"
+        holder, X, response_method="p_values"
     )
     assert of_p_values.limit == 0.3
-    np.testing.assert_array_equal(of_p_values.values, calibrator.p_values(paths))
+    np.testing.assert_array_equal(of_p_values.values, calibrator.p_values(X))
     # both mark what predict calls anomalous
-    anomalous = np.flatnonzero(calibrator.predict(paths) == -1)
-    assert 0 < len(anomalous) < len(paths)
+    anomalous = np.flatnonzero(calibrator.predict(X) == -1)
+    assert 0 < len(anomalous) < len(X)
     for drawn in (chart, of_p_values):
         np.testing.assert_array_equal(drawn.ax_.lines[1].get_xdata(), anomalous)
 
     with pytest.raises(TypeError, match="needs a ThresholdCalibrator, got SPADE"):
         ControlChartDisplay.from_estimator(
-            small("SPADE"), paths, response_method="p_values"
+            small("SPADE"), X, response_method="p_values"
         )
     with pytest.raises(ValueError, match="'score_samples' or 'p_values', got 'predict"):
-        ControlChartDisplay.from_estimator(holder, paths, response_method="predict")
+        ControlChartDisplay.from_estimator(holder, X, response_method="predict")
 
 
 def test_a_chart_is_in_the_order_of_time():
