@@ -12,7 +12,7 @@ function value(image, column) {
 
 function sort(column) {
   const header = headers[column];
-  const sign = header.ariaSort === "ascending" ? -1 : 1;
+  const sign = header.getAttribute("aria-sort") === "ascending" ? -1 : 1;
   for (const other of headers) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
   const compare = (a, b) => (typeof a === "number" ? a - b : byText(a, b));

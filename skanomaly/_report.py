@@ -21,11 +21,10 @@ from ._typing import ImagesOrPaths, StrPath
 from ._validation import check_maps, check_masks
 from .version import __version__
 
-# of the photographs together, as they stand in the page: base64 adds a third
-PHOTOGRAPH_BYTES = 12e6
-PHOTOGRAPH_SIDES = 960, 640, 480, 320, 240, 160  # longest ones, in pixels
-MAP_SIDE = 160
-MAX_REGIONS = 50  # drawn of an image
+# longest sides in pixels, the first that fits; bytes of all together in the page
+PHOTOGRAPH_SIDES, PHOTOGRAPH_BYTES = (960, 640, 480, 320, 240, 160), 10e6
+MAP_SIDES, MAP_BYTES = (320, 160, 80), 3e6
+MAX_REGIONS = 30  # drawn of an image
 N_BINS = 60
 # from dark to bright, as matplotlib's "inferno", whose author gave it to the public
 COLORS = np.array(
@@ -85,9 +84,13 @@ def write_report(
     its own, which sorts and filters the table: names are text, whatever is in them.
 
     Photographs are at most 960 pixels wide and high, and smaller in long reports, so
-    that a page of 500 images has less than 20 MB. Of an image, the 50 regions with the
+    that a page of 500 images has less than 20 MB. Of an image, the 30 regions with the
     highest peaks are drawn. Maps have the colour scale of
     :class:`skanomaly.display.AnomalyMapDisplay`, with the threshold in its middle.
+
+    Files of 16 bits whose white is another value than 65535 come out dark. Give what
+    ``LoadImages(max_value=...).transform(paths)`` returns instead, at the size of the
+    files, and the paths as `names`.
 
     Examples
     --------
@@ -121,9 +124,7 @@ def write_report(
     if "maps" in report:
         scale = color_limits(report.maps, report.map_threshold)
     rows = [
-        _row(number, names[number], report, columns)
-        + _figures(report, pictures, number, scale)
-        + "</td></tr></tbody>"
+        _row(number, names[number], report, columns, pictures, scale)
         for number in np.argsort(report.scores, kind="stable")
     ]
     folder = files("skanomaly")
@@ -134,6 +135,9 @@ def write_report(
         summary=_summary(report),
         histogram=_histogram(report),
         colors="" if scale is None else _color_scale(scale),
+        p_values="The p-value is the share of good images with so low a score."
+        if "p_values" in report
+        else "",
         head="".join(_head(column) for column in ("Name", "Label", *columns)),
         rows="\n".join(rows),
         script=script,
@@ -235,25 +239,28 @@ def _head(column):
     return f'<th scope="col"{order}><button type="button">{column}</button></th>'
 
 
-def _row(number, name, report, columns):
-    """Return the row of the table, and the beginning of that of the pictures."""
+def _row(number, name, report, columns, pictures, scale):
+    """Return the row of an image, and below it that of its pictures."""
     kind = "anomalous" if report.labels[number] == -1 else "normal"
-    cells = [
+    name = escape(name).replace("/", "/<wbr>")
+    values = [
         f'<td data-value="{values[number].item()!r}">{values[number]:{form}}</td>'
         for values, form in columns.values()
     ]
-    name = escape(name).replace("/", "/<wbr>")
     return (
         f'<tbody class="{kind}"><tr><th scope="row"><button type="button" '
         f'aria-expanded="false" aria-controls="of-{number}"><bdi>{name}</bdi>'
-        f'</button></th><td>{kind}</td>{"".join(cells)}</tr><tr id="of-{number}" hidden>'
-        f'<td class="pictures" colspan="{len(columns) + 2}">'
+        f"</button></th><td>{kind}</td>{''.join(values)}</tr>"
+        f'<tr id="of-{number}" hidden><td class="pictures" colspan="{len(values) + 2}">'
+        f"<div>{''.join(_figures(report, pictures, number, scale))}</div>"
+        "</td></tr></tbody>"
     )
 
 
 def _figures(report, pictures, number, scale):
-    """Return photograph, map, and outlines with boxes of an image."""
-    photograph, (height, width) = _photograph(pictures, number)
+    """Yield photograph, map, and photograph with outlines and boxes of an image."""
+    picture, (height, width) = pictures.read(number, PHOTOGRAPH_SIDES[0])
+    share = 1 / len(pictures)
     size = f'width="{width}" height="{height}" preserveAspectRatio="none"'
 
     def figure(content, caption):
@@ -263,30 +270,24 @@ def _figures(report, pictures, number, scale):
             f"<figcaption>{caption}</figcaption></figure>"
         )
 
-    original = f'<image id="photo-{number}" {size} href="{photograph}"/>'
+    uri = _data_uri(picture, PHOTOGRAPH_SIDES, share * PHOTOGRAPH_BYTES)
+    yield figure(f'<image id="photo-{number}" {size} href="{uri}"/>', "Photograph")
     if scale is None:
-        return f"<div>{figure(original, 'Photograph')}</div>"
+        return
     again = f'<use href="#photo-{number}"'
-    colors = _colored(report.maps[number], scale)
-    regions = regions_of(report.regions, number, (height, width))
-    n_regions = len(regions)
-    regions = regions[np.argsort(-regions["peak"], kind="stable")[:MAX_REGIONS]]
-    caption = f"{n_regions or 'No'} region{'s' * (n_regions != 1)}"
-    if n_regions > MAX_REGIONS:
-        caption += f", boxes around the {MAX_REGIONS} with the highest peaks"
-    figures = (
-        figure(original, "Photograph"),
-        figure(
-            f'{again} class="grey"/><image {size} opacity="0.6" href="{colors}"/>',
-            "Anomaly map",
-        ),
-        figure(
-            f"{again}/>{_outlines(report.masks[number], height, width)}"
-            f"{''.join(map(_box, regions))}",
-            caption,
-        ),
+    colored = _colored(report.maps[number], scale)
+    uri = _data_uri(colored, MAP_SIDES, share * MAP_BYTES)
+    yield figure(
+        f'{again} class="grey"/><image {size} opacity="0.6" href="{uri}"/>',
+        "Anomaly map",
     )
-    return f"<div>{''.join(figures)}</div>"
+    regions = regions_of(report.regions, number, (height, width))
+    drawn = regions[np.argsort(-regions["peak"], kind="stable")[:MAX_REGIONS]]
+    caption = f"{len(regions) or 'No'} region{'s' * (len(regions) != 1)}"
+    if len(regions) > MAX_REGIONS:
+        caption += f", boxes around the {MAX_REGIONS} with the highest peaks"
+    outlines = _outlines(report.masks[number], height, width)
+    yield figure(f"{again}/>{outlines}{''.join(map(_box, drawn))}", caption)
 
 
 def _box(region):
@@ -315,37 +316,27 @@ def _outlines(mask, height, width):
     return f'<path class="found" d="{"".join(lines)}"/>'
 
 
-def _photograph(pictures, number):
-    """Return a photograph as text, as large as its share of the page allows."""
-    n_bytes = PHOTOGRAPH_BYTES * 3 / 4 / len(pictures)
-    picture, shape = pictures.read(number, PHOTOGRAPH_SIDES[0])
-    for side in PHOTOGRAPH_SIDES:
-        picture.thumbnail((side, side))
-        encoded = _jpeg(picture)
-        if len(encoded) <= n_bytes:
-            break
-    return _data_uri(encoded), shape
-
-
 def _colored(values, scale):
-    """Return the colours of a map as text."""
+    """Return a picture of a map in colours."""
     low, high = scale
     picture = Image.fromarray(values.astype(np.float32))
-    picture.thumbnail((MAP_SIDE, MAP_SIDE), Image.Resampling.BILINEAR)
+    picture.thumbnail(MAP_SIDES[:1] * 2, Image.Resampling.BILINEAR)
     places = (np.asarray(picture) - low) / ((high - low) or 1)
     stops = np.linspace(0, 1, len(COLORS))
     colors = [np.interp(places, stops, channel) for channel in COLORS.T]
-    return _data_uri(_jpeg(Image.fromarray(np.stack(colors, -1).astype(np.uint8))))
+    return Image.fromarray(np.stack(colors, axis=-1).astype(np.uint8))
 
 
-def _jpeg(picture):
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80, optimize=True)
-    return file.getvalue()
-
-
-def _data_uri(jpeg):
-    return f"data:image/jpeg;base64,{_base64(jpeg)}"
+def _data_uri(picture, sides, n_bytes):
+    """Return a picture as text, at the largest size that has so many bytes."""
+    for side in sides:
+        picture.thumbnail((side, side))
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=80, optimize=True)
+        text = _base64(file.getvalue())
+        if len(text) <= n_bytes:
+            break
+    return f"data:image/jpeg;base64,{text}"
 
 
 def _base64(content):

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import Bunch
-from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils.validation import check_consistent_length, column_or_1d
 
+from ._extras import required
 from ._pictures import Pictures, color_limits, regions_of
 from ._typing import ImagesOrPaths, Self
 from ._validation import check_maps, check_masks, required_labels
@@ -135,7 +135,7 @@ class AnomalyMapDisplay:
         TypeError
             If the estimator has no maps, or no step that loads the paths.
         """
-        check_matplotlib_support(f"{cls.__name__}.from_estimator")
+        _pyplot(cls)
         holder = holder_of("localize", estimator, "has no maps")
         images = loaded_images(estimator, X)
         report = holder.inspect(X)
@@ -259,8 +259,7 @@ class AnomalyMapDisplay:
         ValueError
             If the shapes of images, maps, masks, segments, regions or `ax` do not fit.
         """
-        check_matplotlib_support(f"{type(self).__name__}.plot")
-        import matplotlib.pyplot as plt
+        plt = _pyplot(type(self))
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
 
@@ -400,7 +399,7 @@ class ScoresDisplay:
         ScoresDisplay
             The display, drawn.
         """
-        check_matplotlib_support(f"{cls.__name__}.from_estimator")
+        _pyplot(cls)
         return cls.from_scores(
             estimator.score_samples(X),
             y,
@@ -467,9 +466,7 @@ class ScoresDisplay:
             If there are other numbers of labels or classes than of scores, or labels
             other than +1 and -1.
         """
-        check_matplotlib_support(f"{type(self).__name__}.plot")
-        import matplotlib.pyplot as plt
-
+        plt = _pyplot(type(self))
         scores = column_or_1d(self.scores)
         groups = self._groups(len(scores))
         if ax is None:
@@ -587,7 +584,7 @@ class ControlChartDisplay:
         ValueError
             If `response_method` is neither of these.
         """
-        check_matplotlib_support(f"{cls.__name__}.from_estimator")
+        _pyplot(cls)
         if response_method == "score_samples":
             return cls.from_scores(
                 estimator.score_samples(X),
@@ -690,9 +687,7 @@ class ControlChartDisplay:
         ValueError
             If there is another number of times than of values, or `kind` is unknown.
         """
-        check_matplotlib_support(f"{type(self).__name__}.plot")
-        import matplotlib.pyplot as plt
-
+        plt = _pyplot(type(self))
         if self.kind not in ("score", "p-value"):
             raise ValueError(f"kind must be 'score' or 'p-value', got {self.kind!r}.")
         values = column_or_1d(self.values)
@@ -715,6 +710,11 @@ class ControlChartDisplay:
         self.ax_ = ax
         self.figure_ = ax.figure
         return self
+
+
+def _pyplot(cls):
+    """Return matplotlib's pyplot, before the images are judged."""
+    return required("matplotlib.pyplot", extra="plot", wanted_by=cls.__name__)
 
 
 def _of_each(name, maps, n):

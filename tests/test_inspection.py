@@ -273,6 +273,8 @@ def test_a_calibrator_adds_p_values_and_uses_its_thresholds(small, method, as_pi
     report = calibrator.inspect(X)
     check(report, calibrator, X)
     np.testing.assert_array_equal(report.p_values, calibrator.p_values(X))
+    thresholds = calibrator.offset_, calibrator.map_threshold_
+    assert (report.offset, report.map_threshold) == thresholds
     expected = np.where(report.scores < calibrator.offset_, -1, 1)
     np.testing.assert_array_equal(report.labels, expected)
     anomalous = report.labels == -1
@@ -289,7 +291,8 @@ def test_a_detector_without_maps_reports_scores_and_labels(small):
         if estimator is not detector:
             estimator.fit(textures(12))
         report = estimator.inspect(X)
-        assert sorted(report) == ["labels", "scores"]
+        assert sorted(report) == ["labels", "offset", "scores"]
+        assert report.offset == detector.offset_
         np.testing.assert_array_equal(report.scores, estimator.score_samples(X))
         np.testing.assert_array_equal(report.labels, estimator.predict(X))
 
