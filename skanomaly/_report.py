@@ -26,7 +26,7 @@ PHOTOGRAPH_SIDES, PHOTOGRAPH_BYTES = (960, 640, 480, 320, 240, 160), 10e6
 MAP_SIDES, MAP_BYTES = (320, 160, 80), 3e6
 MAX_REGIONS = 30  # drawn of an image
 N_BINS = 60
-# from dark to bright, as matplotlib's "inferno", whose author gave it to the public
+# from dark to bright, matplotlib's "inferno", which is in the public domain (CC0)
 COLORS = np.array(
     [
         *((0, 0, 4), (33, 12, 74), (87, 16, 110), (138, 34, 106), (188, 55, 84)),
@@ -124,7 +124,13 @@ def write_report(
     if "maps" in report:
         scale = color_limits(report.maps, report.map_threshold)
     rows = [
-        _row(number, names[number], report, columns, pictures, scale)
+        _row(
+            number,
+            names[number],
+            "anomalous" if report.labels[number] == -1 else "normal",
+            columns,
+            _figures(report, pictures, number, scale),
+        )
         for number in np.argsort(report.scores, kind="stable")
     ]
     folder = files("skanomaly")
@@ -135,7 +141,7 @@ def write_report(
         summary=_summary(report),
         histogram=_histogram(report),
         colors="" if scale is None else _color_scale(scale),
-        p_values="The p-value is the share of good images with so low a score."
+        p_values="The p&#8209;value is the share of good images whose score is as low."
         if "p_values" in report
         else "",
         head="".join(_head(column) for column in ("Name", "Label", *columns)),
@@ -192,29 +198,26 @@ def _summary(report):
 
 
 def _histogram(report):
-    edges = np.histogram_bin_edges([*report.scores, report.offset], N_BINS)
-    anomalous = report.labels == -1
-    stack = [np.histogram(report.scores[anomalous], edges)[0]]
-    stack.append(np.histogram(report.scores[~anomalous], edges)[0])
-    top = max(sum(stack))
-    bars = []
-    for kind, counts, below in zip(
-        ("anomalous", "normal"), stack, (0 * stack[0], stack[0]), strict=True
-    ):
+    low, high = (f(*report.scores, report.offset) for f in (min, max))
+    width = (high - low) or 1
+    bars, below = [], np.zeros(N_BINS, int)
+    for kind, label in (("anomalous", -1), ("normal", 1)):
+        places = (report.scores[report.labels == label] - low) / width
+        counts = np.histogram(places, N_BINS, range=(0, 1))[0]
+        below += counts
         bars += [
-            f'<rect class="{kind}" x="{i}" y="{top - below[i] - count}" width="0.9" '
-            f'height="{count}"/>'
-            for i, count in enumerate(counts)
-            if count
+            f'<rect class="{kind}" x="{i}" y="{-below[i]}" width="0.9" '
+            f'height="{counts[i]}"/>'
+            for i in np.flatnonzero(counts)
         ]
-    place = N_BINS * (report.offset - edges[0]) / (edges[-1] - edges[0])
+    top = below.max()
+    place = f"{N_BINS * (report.offset - low) / width:.3f}"
     return (
         '<h2 id="scores">Scores</h2><figure class="histogram">'
-        f'<svg viewBox="0 0 {N_BINS} {top}" preserveAspectRatio="none" role="img" '
+        f'<svg viewBox="0 {-top} {N_BINS} {top}" preserveAspectRatio="none" role="img" '
         'aria-labelledby="scores caption">'
-        f'{"".join(bars)}<line x1="{place:.3f}" x2="{place:.3f}" y1="0" y2="{top}"/>'
-        f'</svg><div class="axis soft"><span>{edges[0]:.4g}</span>'
-        f"<span>{edges[-1]:.4g}</span></div>"
+        f'{"".join(bars)}<line x1="{place}" x2="{place}" y1="{-top}" y2="0"/></svg>'
+        f'<div class="axis soft"><span>{low:.4g}</span><span>{high:.4g}</span></div>'
         '<figcaption id="caption" class="soft">'
         '<span class="key" style="background: var(--bad)"></span>anomalous '
         '<span class="key" style="background: var(--good)"></span>normal '
@@ -239,9 +242,8 @@ def _head(column):
     return f'<th scope="col"{order}><button type="button">{column}</button></th>'
 
 
-def _row(number, name, report, columns, pictures, scale):
+def _row(number, name, kind, columns, figures):
     """Return the row of an image, and below it that of its pictures."""
-    kind = "anomalous" if report.labels[number] == -1 else "normal"
     name = escape(name).replace("/", "/<wbr>")
     values = [
         f'<td data-value="{values[number].item()!r}">{values[number]:{form}}</td>'
@@ -252,8 +254,7 @@ def _row(number, name, report, columns, pictures, scale):
         f'aria-expanded="false" aria-controls="of-{number}"><bdi>{name}</bdi>'
         f"</button></th><td>{kind}</td>{''.join(values)}</tr>"
         f'<tr id="of-{number}" hidden><td class="pictures" colspan="{len(values) + 2}">'
-        f"<div>{''.join(_figures(report, pictures, number, scale))}</div>"
-        "</td></tr></tbody>"
+        f"<div>{''.join(figures)}</div></td></tr></tbody>"
     )
 
 
@@ -305,13 +306,11 @@ def _outlines(mask, height, width):
         return ""
     from skimage.measure import approximate_polygon, find_contours
 
-    step = -(-max(mask.shape) // 256)  # of large masks, a bounded number of corners
-    mask = np.pad(mask[::step, ::step], 1)
-    scale = np.array([height, width]) / (np.array(mask.shape) - 2)
-    outlines = sorted(find_contours(mask, 0.5), key=len)[-MAX_REGIONS:]
+    scale = np.array([height, width]) / mask.shape
+    tolerance = max(0.4, max(mask.shape) / 640)  # else large masks have long outlines
     lines = []
-    for outline in outlines:
-        corners = (approximate_polygon(outline, 0.4) - 0.5) * scale
+    for outline in sorted(find_contours(np.pad(mask, 1), 0.5), key=len)[-MAX_REGIONS:]:
+        corners = (approximate_polygon(outline, tolerance) - 0.5) * scale
         lines.append("M" + " ".join(f"{x:.1f},{y:.1f}" for y, x in corners) + "Z")
     return f'<path class="found" d="{"".join(lines)}"/>'
 

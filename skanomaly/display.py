@@ -136,9 +136,9 @@ class AnomalyMapDisplay:
             If the estimator has no maps, or no step that loads the paths.
         """
         _pyplot(cls)
-        holder = holder_of("localize", estimator, "has no maps")
+        holder_of("localize", estimator, "has no maps")
         images = loaded_images(estimator, X)
-        report = holder.inspect(X)
+        report = holder_of("inspect", estimator, "cannot inspect").inspect(X)
         return cls.from_report(report, images, masks=masks, vmin=vmin, vmax=vmax, ax=ax)
 
     @classmethod
@@ -287,15 +287,9 @@ class AnomalyMapDisplay:
 
         low, high = color_limits(maps, self.map_threshold)
         scale = Normalize(low if vmin is None else vmin, high if vmax is None else vmax)
-        for i, ((left, right), (picture, shape)) in enumerate(
-            zip(ax, read, strict=True)
-        ):
-            extent = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
-            left.imshow(picture, extent=extent)
-            right.imshow(
-                picture.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent
-            )
-            right.imshow(maps[i], norm=scale, cmap=MAP_COLORS, alpha=0.6, extent=extent)
+        for i, (left, right) in enumerate(ax):
+            shape = read[i][1]
+            _draw(left, right, *read[i], maps[i], scale)
             if masks is not None:
                 _outline(left, masks[i], shape, MASK_COLOR)
                 _outline(right, masks[i], shape, MASK_COLOR)
@@ -303,8 +297,6 @@ class AnomalyMapDisplay:
                 _outline(right, segments[i], shape, SEGMENT_COLOR)
             if self.regions is not None:
                 _draw_boxes(left, regions_of(self.regions, i, shape))
-            left.set_axis_off()
-            right.set_axis_off()
         ax[0, 0].set_title("Image")
         ax[0, 1].set_title("Anomaly map")
         figure = ax[0, 0].figure
@@ -724,6 +716,17 @@ def _of_each(name, maps, n):
             f"got {maps.shape}."
         )
     return maps
+
+
+def _draw(left, right, picture, shape, values, scale):
+    """Draw an image, and its map over the image in grey."""
+    height, width = shape
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    left.imshow(picture, extent=extent)
+    right.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent)
+    right.imshow(values, norm=scale, cmap=MAP_COLORS, alpha=0.6, extent=extent)
+    left.set_axis_off()
+    right.set_axis_off()
 
 
 def _outline(ax, mask, shape, color):

@@ -134,6 +134,16 @@ def test_the_bars_of_the_histogram_hold_all_images(tmp_path):
     assert all(float(bar["x"]) + 1 > float(line["x1"]) for bar, _ in bars)
 
 
+def test_one_image_at_the_threshold_has_a_page(tmp_path):
+    images = squares(1)
+    report = report_of(images)
+    for offset in (report.scores[0], np.nextafter(report.scores[0], 0)):
+        report.offset = offset
+        write_report(report, images, tmp_path / "page.html")
+        bars = Page(tmp_path / "page.html").find("rect", height="1")
+        assert len(bars) == 1
+
+
 def test_photographs_maps_and_boxes_fit_the_files(tmp_path, small):
     paths, images = [], squares(12)
     images += np.random.default_rng(0).integers(0, 40, images.shape, np.uint8)
