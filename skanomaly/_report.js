@@ -34,8 +34,12 @@ function filter() {
   document.getElementById("shown").value = shown + " of " + images.length + " images";
 }
 
+// to a browser that runs scripts, what is in <noscript> is text: no picture is read
+// before its row is opened
 function toggle(button) {
   const row = document.getElementById(button.getAttribute("aria-controls"));
+  const still = row.querySelector("noscript");
+  if (still) still.parentElement.innerHTML = still.textContent;
   row.hidden = !row.hidden;
   button.setAttribute("aria-expanded", !row.hidden);
 }

@@ -254,7 +254,7 @@ def _row(number, name, kind, columns, figures):
         f'aria-expanded="false" aria-controls="of-{number}"><bdi>{name}</bdi>'
         f"</button></th><td>{kind}</td>{''.join(values)}</tr>"
         f'<tr id="of-{number}" hidden><td class="pictures" colspan="{len(values) + 2}">'
-        f"<div>{''.join(figures)}</div></td></tr></tbody>"
+        f"<noscript><div>{''.join(figures)}</div></noscript></td></tr></tbody>"
     )
 
 
