@@ -11,6 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ._extras import required
 from ._fitting.files import replacing
 from ._fitting.loop import seeded_generator
 from ._fitting.persistence import as_fitted
@@ -37,7 +38,7 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
     Parameters
     ----------
     detector : object
-        A fitted detector, or a `ThresholdCalibrator` around one.
+        A fitted detector, or a :class:`~skanomaly.ThresholdCalibrator` around one.
     path : str or path-like
         File to write. An older one is replaced when the new one is complete.
     batch_size : int, default=1
@@ -101,7 +102,10 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
         detector = detector.estimator_
     _check(detector)
     checked_offset(detector)  # warns
-    onnx = _import_onnx()
+    onnx, _ = (
+        required(package, extra="onnx", wanted_by="export")
+        for package in ("onnx", "onnxscript")
+    )
     detector = copy.copy(detector).set_params(precision="float32", device="cpu")
     if hasattr(detector, "memory"):
         detector.set_params(memory=None)
@@ -164,17 +168,6 @@ def _check_size(detector, graph):
             f"This {type(detector).__name__} holds {n_bytes / 2**30:.1f} GiB, but an "
             "ONNX file at most 2. Fewer training images or smaller ones help."
         )
-
-
-def _import_onnx():
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "export needs onnx and onnxscript: pip install 'skanomaly[onnx]'."
-        ) from error
-    return onnx
 
 
 class _Draws(TorchFunctionMode):

@@ -138,8 +138,8 @@ class Pipeline(sklearn_pipeline.Pipeline):
         sklearn.utils.Bunch
             What `inspect` of the last step returns. Maps and masks have the resolution
             of the first array, as `localize` and `segment` have them; regions are in
-            its pixels, and behind `LoadImages` in pixels of the files:
-            :func:`skanomaly.inspection.inspect` tells more.
+            its pixels, and behind :class:`~skanomaly.LoadImages` in pixels of the
+            files: :func:`skanomaly.inspection.inspect` tells more.
         """
         X, way_back = self._forward(X)
         report = self._final_estimator.inspect(X)
@@ -222,7 +222,7 @@ def localize(estimator: Any, X: ImagesOrPaths) -> NDArray[np.floating]:
 
 def holder_of(method, estimator, complaint):
     """Return an estimator, or what is inside of a search, if it has a method."""
-    holder = with_maps(getattr(estimator, "best_estimator_", estimator))
+    holder = with_maps(estimator)
     if hasattr(holder, method):
         return holder
     raise TypeError(
@@ -232,7 +232,8 @@ def holder_of(method, estimator, complaint):
 
 
 def with_maps(estimator: Any) -> Any:
-    """Return a pipeline of scikit-learn as one of ours, anything else as it is."""
+    """Return a pipeline of scikit-learn as one of ours; of a search, the best."""
+    estimator = getattr(estimator, "best_estimator_", estimator)
     if isinstance(estimator, sklearn_pipeline.Pipeline):
         return Pipeline(estimator.steps)
     return estimator
@@ -240,7 +241,7 @@ def with_maps(estimator: Any) -> Any:
 
 def unwrapped(estimator):
     """Return the estimator inside of a search, a calibrator or a frozen one."""
-    for name in ("best_estimator_", "estimator_"):
+    for name in ("best_estimator_", "_calibrated"):
         if hasattr(estimator, name):
             return unwrapped(getattr(estimator, name))
     if isinstance(estimator, FrozenEstimator):
