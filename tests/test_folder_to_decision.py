@@ -25,7 +25,7 @@ import sys, joblib
 gate = joblib.load(sys.argv[1])
 print(*gate.predict(sys.argv[2:]), *gate.p_values(sys.argv[2:]))
 """
-TOP, BOTTOM, LEFT, RIGHT = 60, 100, 120, 170  # of the spot on bad parts
+TOP, BOTTOM, LEFT, RIGHT = 60, 100, 120, 170  # of the stain on bad parts
 
 
 def photograph(rng, is_good):
@@ -33,7 +33,7 @@ def photograph(rng, is_good):
     pixels = 128 + 40 * np.sin(rows / 9) + 40 * np.sin(columns / 7)
     pixels += rng.normal(0, 8, pixels.shape)
     if not is_good:
-        pixels[TOP:BOTTOM, LEFT:RIGHT] = 255
+        pixels[TOP:BOTTOM, LEFT:RIGHT] = 90
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -56,12 +56,12 @@ def table(tmp_path_factory):
 def gate(table):
     is_good = table["label"] == "ok"
     data = load_folder(
-        table[is_good]["path"], table[~is_good]["path"], size=64, as_paths=True
+        table[is_good]["path"], table[~is_good]["path"], size=128, as_paths=True
     )
     detector = PatchDetector(
-        backbone="resnet18", layers=("layer1",), weights=None, random_state=0
+        backbone="efficientnet_lite0", layers=("blocks.4",), random_state=0
     )
-    pipeline = make_pipeline(LoadImages(size=64), detector)
+    pipeline = make_pipeline(LoadImages(size=128), detector)
     return ThresholdCalibrator(
         pipeline, method="holdout", cv=3, false_positive_rate=0.2
     ).fit(data.X[data.y == 1])
@@ -76,7 +76,8 @@ def test_boxes_are_in_pixels_of_the_photographs(gate, table):
     for image in range(24, 28):
         peak = np.sort(regions[regions["image"] == image], order="peak")[-1]
         box = [peak[side] for side in ("top", "bottom", "left", "right")]
-        assert_allclose(box, [TOP, BOTTOM, LEFT, RIGHT], atol=20)
+        # the box of the loaded image, in its 128 pixels, would be out by 74
+        assert_allclose(box, [TOP, BOTTOM, LEFT, RIGHT], atol=40)
 
 
 def test_one_photograph_is_judged_as_among_others(gate, table):
@@ -109,7 +110,7 @@ def test_onnx_decides_the_same(gate, table, tmp_path):
     assert offset == gate.offset_
     scores = []
     for path in table["path"]:
-        image = Image.open(path).convert("RGB").resize((64, 64), Image.BILINEAR)
+        image = Image.open(path).convert("RGB").resize((128, 128), Image.BILINEAR)
         scores += session.run(["scores"], {"images": np.asarray(image)[None]})[
             0
         ].tolist()
