@@ -43,16 +43,17 @@ def frames_of(source):
 
 
 # %%
-# This line makes good parts but for one in twelve. Its lamp grows dim from frame 160
-# on.
+# This line makes good parts but for one in twelve. Towards the end its lamp grows dim.
+
+N_FRAMES, DIMS_FROM = 240, 160
 
 
-def line(n_frames=240, dims_from=160):
+def line():
     """Yield frames, and whether their part is good."""
-    for number in range(n_frames):
+    for number in range(N_FRAMES):
         is_good = number % 12 != 11
         part = good[200 + number % 220] if is_good else bad[number // 12]
-        light = 1 - 0.3 * max(0, number - dims_from) / (n_frames - dims_from)
+        light = 1 - 0.3 * max(0, number - DIMS_FROM) / (N_FRAMES - DIMS_FROM)
         yield (light * part).astype(np.uint8), is_good
 
 
@@ -77,7 +78,7 @@ for share, latency in zip(shares, np.percentile(seconds, shares), strict=True):
     print(f"{share:3} % of the frames took at most {1000 * latency:.0f} ms")
 
 is_good, is_rejected = np.array(is_good), np.array(is_rejected)
-early = np.arange(len(is_good)) < 160
+early = np.arange(N_FRAMES) < DIMS_FROM
 for name, rows in (("steady", early), ("dim", ~early)):
     print(
         f"{name} lamp: {is_rejected[rows & ~is_good].mean():.0%} of the bad parts "
@@ -102,7 +103,7 @@ if is_low.any():
 _, axes = plt.subplots(figsize=(9, 4), layout="constrained")
 axes.axhspan(center - spread, center + spread, color="0.9", label="steady line")
 axes.plot(ends, mean, color="black", label=f"mean of {WINDOW} passed")
-axes.axvline(160, color="0.5", linestyle=":", label="lamp begins to dim")
+axes.axvline(DIMS_FROM, color="0.5", linestyle=":", label="lamp begins to dim")
 for name, rows, color, marker in (
     ("good part, passed", is_good & ~is_rejected, "tab:blue", "."),
     ("good part, rejected", is_good & is_rejected, "tab:orange", "x"),
