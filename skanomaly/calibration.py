@@ -557,7 +557,7 @@ def _key(image):
     if not isinstance(image, (str, os.PathLike)):
         return content_key(image)
     try:
-        return content_key(np.fromfile(image, np.uint8))
+        return content_key(np.fromfile(os.path.expanduser(image), np.uint8))
     except OSError:  # what reads the file has better words for it
         return os.fspath(image)
 
