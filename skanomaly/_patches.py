@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from sklearn.utils._param_validation import Interval, StrOptions
-from tqdm.auto import tqdm
 
 from ._fitting.batches import ImageBatches, move_network, resolve_device
 from ._fitting.loop import autocast, seeded
@@ -189,15 +188,12 @@ class PatchwiseDetector(FeatureDetector):
         return super()._features(images)
 
     def _patches_in_batches(self, images):
-        """Yield the rows of each batch of images and their patches."""
+        """Return an iterator over the rows and the patches of each batch of images."""
 
         def patches(batch, generator):
             return self._patches(batch)
 
-        with tqdm(total=len(images), unit="image", disable=not self.verbose) as shown:
-            for rows, found in self._in_batches(images, patches):
-                yield rows, found
-                shown.update(len(found))
+        return self._in_batches(images, patches)
 
     def _to_maps(self, values):
         """Bring values (b, rows, columns) of patches to the size of the images."""

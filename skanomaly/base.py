@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, OutlierMixin
-from sklearn.utils import Bunch, check_random_state, gen_batches
+from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
@@ -302,7 +302,7 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
 
     def _in_batches(self, images, function):
         """Yield the rows of each batch and what a function returns for its images."""
-        for rows in gen_batches(len(images), self.batch_size):
+        for rows in batches.slices(len(images), self.batch_size, verbose=self.verbose):
             with torch.inference_mode(), loop.autocast(images.device, self.precision):
                 generator = loop.seeded_generator(self._seed)
                 result = function(images[rows], generator=generator)

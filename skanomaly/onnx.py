@@ -10,6 +10,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ._extras import required
 from ._fitting.files import replacing
 from ._fitting.loop import seeded_generator
 from ._fitting.persistence import as_fitted
@@ -93,7 +94,10 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
         detector = detector.estimator_
     _check(detector)
     checked_offset(detector)  # warns
-    onnx = _import_onnx()
+    onnx, _ = (
+        required(package, extra="onnx", wanted_by="export")
+        for package in ("onnx", "onnxscript")
+    )
     detector = copy.copy(detector).set_params(precision="float32", device="cpu")
     if hasattr(detector, "memory"):
         detector.set_params(memory=None)
@@ -156,17 +160,6 @@ def _check_size(detector, graph):
             f"This {type(detector).__name__} holds {n_bytes / 2**30:.1f} GiB, but an "
             "ONNX file at most 2. Fewer training images or smaller ones help."
         )
-
-
-def _import_onnx():
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "export needs onnx and onnxscript: pip install 'skanomaly[onnx]'."
-        ) from error
-    return onnx
 
 
 class _Draws(TorchFunctionMode):

@@ -222,7 +222,7 @@ def localize(estimator: Any, X: ImagesOrPaths) -> NDArray[np.floating]:
 
 def holder_of(method, estimator, complaint):
     """Return an estimator, or what is inside of a search, if it has a method."""
-    holder = with_maps(getattr(estimator, "best_estimator_", estimator))
+    holder = with_maps(estimator)
     if hasattr(holder, method):
         return holder
     raise TypeError(
@@ -232,7 +232,8 @@ def holder_of(method, estimator, complaint):
 
 
 def with_maps(estimator: Any) -> Any:
-    """Return a pipeline of scikit-learn as one of ours, anything else as it is."""
+    """Return a pipeline of scikit-learn as one of ours; of a search, the best."""
+    estimator = getattr(estimator, "best_estimator_", estimator)
     if isinstance(estimator, sklearn_pipeline.Pipeline):
         return Pipeline(estimator.steps)
     return estimator
@@ -240,7 +241,7 @@ def with_maps(estimator: Any) -> Any:
 
 def unwrapped(estimator):
     """Return the estimator inside of a search, a calibrator or a frozen one."""
-    for name in ("best_estimator_", "estimator_"):
+    for name in ("best_estimator_", "_calibrated"):
         if hasattr(estimator, name):
             return unwrapped(getattr(estimator, name))
     if isinstance(estimator, FrozenEstimator):

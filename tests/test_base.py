@@ -1,5 +1,6 @@
 import copy
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -421,3 +422,18 @@ def test_threads_see_a_network_on_one_device_only(small, X, monkeypatch):
         for found in pool.map(score, range(8)):
             np.testing.assert_array_equal(found, expected)
     assert next(model.network_.parameters()).device.type == "cuda"
+
+
+def test_long_predictions_show_their_progress(X, one_epoch, capsys):
+    """A bar comes up after a second, so that short calls stay silent."""
+    quiet, told = copy.copy(one_epoch), copy.copy(one_epoch)
+    told.set_params(verbose=1, batch_size=3)
+    capsys.readouterr()
+    quiet.score_samples(X)
+    told.score_samples(X)  # takes no second
+    assert capsys.readouterr().err == ""
+    rows = batches.slices(7, 3, verbose=1)
+    assert next(rows) == slice(0, 3)
+    time.sleep(1.1)
+    assert list(rows) == [slice(3, 6), slice(6, 7)]
+    assert "7/7" in capsys.readouterr().err

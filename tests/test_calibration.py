@@ -7,6 +7,7 @@ from PIL import Image
 from sklearn import pipeline as sklearn_pipeline
 from sklearn.base import BaseEstimator, OutlierMixin, clone
 from sklearn.ensemble import IsolationForest
+from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.utils.estimator_checks import check_estimator
@@ -22,6 +23,8 @@ from skanomaly import (
     localize,
     make_pipeline,
 )
+from skanomaly._fitting.batches import degrees_and_peaks
+from skanomaly.base import BaseDetector
 from skanomaly.datasets import load_textures
 from skanomaly.metrics import (
     anomaly_roc_auc,
@@ -308,6 +311,8 @@ def test_sklearn_checks():
         ({"method": "bootstrap"}, "'method'"),
         ({"false_positive_rate": 0.0}, "'false_positive_rate'"),
         ({"cv": 1}, "'cv'"),
+        ({"target": "pixel"}, "'target'"),
+        ({"target": "map"}, "target='map' counts.*Brightness is no detector"),
         ({"estimator": 3}, "'estimator'"),
     ],
 )
@@ -384,3 +389,179 @@ def test_a_splitter_of_ones_own_keeps_copies_together():
     X = column(np.repeat(np.arange(30), 2))
     calibrator = ThresholdCalibrator(Brightness(), false_positive_rate=0.2, cv=KFold(6))
     assert len(calibrator.fit(X).calibration_scores_) == 30
+
+
+class Brightest(BaseDetector):
+    """Its map is the image, its degree the brightest pixel."""
+
+    image_shape, batch_size, precision, device = None, 7, "float32", "cpu"
+    verbose, random_state = 0, 0
+
+    def __init__(self, *, contamination=0.5):
+        self.contamination = contamination
+
+    def _fit(self, images, labels):
+        self._begin_anew()
+        return degrees_and_peaks(self._evaluate(images, maps_wanted=True))
+
+    def _judge(self, images, *, maps_wanted, generator):
+        maps = images.mean(dim=1)
+        return maps.amax(dim=(1, 2)), maps
+
+
+@pytest.fixture
+def brightest():
+    return Brightest().fit(np.random.default_rng(1).random((9, 4, 5, 1)))
+
+
+@pytest.mark.parametrize("method", ["prefit", "cv", "holdout"])
+def test_the_rate_of_marked_pixels_holds(method, brightest):
+    """Over many draws the mean share of marked pixels is the one asked for."""
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(60):
+        # images of one lamp each: their pixels depend on each other
+        X, X_new = rng.random((2, 100, 1, 1, 1)) ** 4 * rng.random((2, 100, 4, 5, 1))
+        calibrator = ThresholdCalibrator(
+            brightest, method=method, target="map", false_positive_rate=0.1
+        ).fit(X)
+        masks = calibrator.segment(X_new)
+        shares.append(masks.mean())
+        np.testing.assert_array_equal(
+            masks.any(axis=(1, 2)),
+            calibrator.localize(X_new).max(axis=(1, 2)) > calibrator.map_threshold_,
+        )
+    spread = np.std(shares) / np.sqrt(len(shares))
+    n = 20 if method == "holdout" else 100
+    # no more than asked for, and no less than what a whole image could add
+    assert 0.1 - 1 / n - 4 * spread < np.mean(shares) < 0.1 + 4 * spread
+
+
+def test_marked_pixels_and_anomalous_images_go_together(brightest):
+    """The threshold equals that of a slow count over all held-out pixels."""
+    X = np.random.default_rng(0).random((30, 4, 5, 1))
+    calibrator = ThresholdCalibrator(
+        brightest, method="prefit", target="map", false_positive_rate=0.1
+    ).fit(X)
+    maps = brightest.localize(X)
+    most = 31 * 0.1 - 1  # images' worth of pixels
+    fits = [t for t in np.unique(maps) if (maps > t).mean(axis=(1, 2)).sum() <= most]
+    assert calibrator.map_threshold_ == min(fits)
+    marked = (maps > min(fits)).any(axis=(1, 2))
+    np.testing.assert_array_equal(calibrator.predict(X) == -1, marked)
+    np.testing.assert_array_equal(calibrator.segment(X), maps > min(fits))
+
+
+def test_every_image_may_have_a_marked_pixel(brightest):
+    X = np.random.default_rng(0).random((30, 4, 5, 1))
+    calibrator = ThresholdCalibrator(
+        brightest, method="prefit", target="map", false_positive_rate=0.5
+    ).fit(X)
+    assert (calibrator.predict(X) == -1).all()
+    assert calibrator.segment(X).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_rate_of_pixels_needs_whole_maps(small):
+    X = noisy(12)
+    settings = {"target": "map", "false_positive_rate": 0.3}
+    with pytest.raises(ValueError, match="only their maxima: take 'cv'"):
+        ThresholdCalibrator(small(SPADE), method="loo", **settings).fit(X)
+    with pytest.raises(ValueError, match=r"counts the pixels.*gallery_size=0"):
+        ThresholdCalibrator(small(SPADE, gallery_size=0), **settings).fit(X)
+
+
+def anomaly_free_score(estimator, X, y=None):
+    return estimator.score_samples(X).mean()
+
+
+def fitted_things(small, X, tmp_path):
+    """Yield fitted estimators, and what they take for X."""
+    detector = small(SPADE, gallery_size=2, n_neighbors=1, random_state=0)
+    yield clone(detector).fit(X), X
+    yield FrozenEstimator(clone(detector).fit(X)), X
+    yield make_pipeline(ResizeImages(size=24), clone(detector)).fit(X), X
+    pipeline = sklearn_pipeline.make_pipeline(ResizeImages(size=24), clone(detector))
+    yield pipeline.fit(X), X
+    search = GridSearchCV(
+        clone(detector), {"n_neighbors": [1]}, cv=2, scoring=anomaly_free_score
+    )
+    yield search.fit(X), X
+    yield (
+        ThresholdCalibrator(clone(detector), cv=2, false_positive_rate=0.4).fit(X),
+        X,
+    )
+    paths = [tmp_path / f"{number}.png" for number in range(len(X))]
+    for path, image in zip(paths, X, strict=True):
+        Image.fromarray(image).save(path)
+    yield make_pipeline(LoadImages(), clone(detector)).fit(paths), paths
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot support")
+def test_what_is_fitted_is_calibrated_without_a_fit(small, tmp_path):
+    X = noisy(16)
+    for estimator, given in fitted_things(small, X, tmp_path):
+        before = pickle.dumps(estimator)
+        calibrator = ThresholdCalibrator(
+            estimator, method="prefit", false_positive_rate=0.25
+        ).fit(given)
+        assert pickle.dumps(estimator) == before
+        scores = estimator.score_samples(given)
+        np.testing.assert_array_equal(calibrator.calibration_scores_, np.sort(scores))
+        assert calibrator.offset_ == np.sort(scores)[3]  # k = 17 / 4
+        maps = localize(calibrator, given)
+        assert calibrator.map_threshold_ == np.sort(maps.max(axis=(1, 2)))[-4]
+        report = calibrator.inspect(given)
+        np.testing.assert_array_equal(report.labels, calibrator.predict(given))
+        np.testing.assert_array_equal(report.masks, calibrator.segment(given))
+        marked = (maps > calibrator.map_threshold_).any(axis=(1, 2))
+        np.testing.assert_array_equal(
+            report.masks.any(axis=(1, 2)), marked & (report.labels == -1)
+        )
+        loaded = pickle.loads(pickle.dumps(calibrator))
+        np.testing.assert_array_equal(loaded.segment(given), report.masks)
+
+
+@pytest.mark.parametrize("method", ["cv", "holdout", "prefit"])
+def test_a_frozen_detector_scores_all_images(method, brightest):
+    X = np.random.default_rng(0).random((30, 4, 5, 1))
+    frozen = FrozenEstimator(brightest)
+    calibrator = ThresholdCalibrator(frozen, method=method, false_positive_rate=0.1)
+    assert len(calibrator.fit(X).calibration_scores_) == 30
+
+
+def test_prefit_wants_a_fitted_detector(small):
+    for estimator in (small(SPADE), make_pipeline(ResizeImages(size=24), small(SPADE))):
+        with pytest.raises(NotFittedError, match="not fitted yet"):
+            ThresholdCalibrator(estimator, method="prefit").fit(noisy(6))
+
+
+def test_folds_in_processes_give_the_same(small, capsys):
+    X = noisy(12)
+    detector = small("Autoencoder", random_state=0)
+    found = [
+        ThresholdCalibrator(
+            detector, cv=3, false_positive_rate=0.2, n_jobs=n_jobs, verbose=verbose
+        ).fit(X)
+        for n_jobs, verbose in ((None, 0), (2, 1))
+    ]
+    one, two = (calibrator.calibration_scores_ for calibrator in found)
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    assert found[0].map_threshold_ == pytest.approx(found[1].map_threshold_, rel=1e-5)
+    assert "4/4" in capsys.readouterr().err  # three folds and all images
+
+
+def test_a_search_is_given_the_anomalies_it_scores_by(small):
+    X = noisy(20)
+    y = np.repeat([1, -1], [14, 6])
+    search = GridSearchCV(
+        small(SPADE, random_state=0),
+        {"n_neighbors": [1, 2]},
+        scoring=anomaly_roc_auc,
+        cv=OneClassKFold(2),
+        error_score="raise",
+    )
+    calibrator = ThresholdCalibrator(search, cv=2, false_positive_rate=0.2).fit(X, y)
+    assert len(calibrator.calibration_scores_) == 14
+    assert np.isfinite(calibrator.estimator_.best_score_)
+    assert calibrator.localize(X[:1]).shape == (1, 24, 24)
+    assert calibrator.inspect(X[:1]).p_values.shape == (1,)

@@ -9,7 +9,14 @@ PACKAGE = Path(__file__).parents[1] / "skanomaly"
 METHODS = {f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py")}
 
 FLOORS = [  # from the ground up; modules of one floor do not import each other
-    {"version", "_typing", "_tensors.filters", "_fitting.files", "_fitting.processes"},
+    {
+        "version",
+        "_extras",
+        "_typing",
+        "_tensors.filters",
+        "_fitting.files",
+        "_fitting.processes",
+    },
     {
         "_backbones.efficientnet",
         "_backbones.weights",

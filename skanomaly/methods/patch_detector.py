@@ -189,7 +189,7 @@ class PatchDetector(GrowingDetector):
         Seed of random weights, of the patches drawn, and of the estimator where its own
         ``random_state`` is None.
     verbose : int, default=0
-        Whether to show a progress bar.
+        Whether to show progress bars, in fit and in predictions that take a while.
 
     Attributes
     ----------

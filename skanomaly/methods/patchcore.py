@@ -80,7 +80,7 @@ class PatchCore(GrowingDetector):
         Seed of random weights, and of the projection and the first patches by which
         the others are chosen.
     verbose : int, default=0
-        Whether to show a progress bar.
+        Whether to show progress bars, in fit and in predictions that take a while.
 
     Attributes
     ----------

@@ -79,7 +79,7 @@ class SPADE(FeatureDetector):
     random_state : int, RandomState instance or None, default=None
         Seed of random weights and of the approximate index.
     verbose : int, default=0
-        Whether to show a progress bar.
+        Whether to show progress bars, in fit and in predictions that take a while.
 
     Attributes
     ----------
