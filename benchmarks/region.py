@@ -65,7 +65,8 @@ def measure(name, steps, data, seeds):
                 ),
             ]
         )
-    for measured, values in zip(("image AUROC", "pixel AP"), np.transpose(found)):
+    of_measures = zip(("image AUROC", "pixel AP"), np.transpose(found), strict=True)
+    for measured, values in of_measures:
         print(
             f"{name}: {measured} {values.mean():.3f} "
             f"({values.min():.3f} to {values.max():.3f})",

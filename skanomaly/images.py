@@ -1273,8 +1273,8 @@ class RegionOfInterest(_ArrayTransformer):
             self.mask_ = self._one_mask()
         total, n = 0.0, 0
         for rows in _slices(images):
-            batch = as_numpy(images[rows])
-            inside = batch[self._masks(images[rows], rows.start)]
+            masks = self._masks(images[rows], rows.start)
+            inside = as_numpy(images[rows])[masks].astype(np.float32)
             total, n = total + inside.sum(axis=0, dtype=float), n + len(inside)
         scale = 255 if _kept_dtype(images) in (np.uint8, torch.uint8) else 1
         self.fill_ = total / (scale * n)

@@ -21,9 +21,9 @@ class TiledDetector(MetaEstimatorMixin, BaseDetector):
     """Judge large photographs by a detector for small images, tile by tile.
 
     The detector learns from tiles of the photographs. To judge one, it is laid out with
-    tiles that overlap, and their maps are blended, so that no seams show. Photographs
-    are read as uint8 or whatever they are, and a batch of tiles at a time is computed
-    with; they may be larger than memory (``LoadImages(memmap=...)``).
+    tiles that overlap, and their maps are blended, so that no seams show. A batch of
+    tiles at a time becomes floats; the photographs may lie in a memory-mapped file
+    (``LoadImages(memmap=...)``).
 
     Parameters
     ----------
