@@ -51,7 +51,8 @@ def plant_defects(
             equal to the last bit.
         groups : ndarray of shape (2 * n,)
             Numbers of the originals, 0 to n - 1 twice over, by which
-            `OneClassKFold` keeps an image and its copy together.
+            :class:`~skanomaly.model_selection.OneClassKFold` keeps an image and its
+            copy together.
         defect_names : ndarray of shape (2 * n,)
             "good", "blur", "hole", "patch", "scratch" or "stain".
 

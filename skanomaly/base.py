@@ -134,8 +134,8 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
             Images of the shape seen in fit.
         out : numpy.ndarray of shape (n, H, W), default=None
-            Array of floating-point numbers to write the maps into, batch by batch, such
-            as a `numpy.memmap` for more maps than memory holds. None makes a new one.
+            Floating-point numbers to write the maps into, batch by batch, such as a
+            :class:`numpy.memmap` for more maps than memory holds. None makes a new one.
 
         Returns
         -------

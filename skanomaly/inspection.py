@@ -94,7 +94,8 @@ def full_size_maps(
     Parameters
     ----------
     maps : array-like of shape (n, H, W)
-        Anomaly maps behind `LoadImages`, such as ``report.maps``; or masks.
+        Anomaly maps behind :class:`~skanomaly.LoadImages`, such as ``report.maps``;
+        or masks.
     paths : list, array or Series of str or path-like, of length n
         Paths of the image files.
 

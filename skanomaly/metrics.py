@@ -362,7 +362,8 @@ def anomaly_roc_auc(estimator: Any, X: ImagesOrPaths, y: ArrayLike) -> float:
 
     For the argument ``scoring`` of scikit-learn's searches and cross-validations. The
     training folds of one-class learning hold one label only and have no such score:
-    `sklearn.model_selection.HalvingGridSearchCV` needs ``return_train_score=False``.
+    :class:`sklearn.model_selection.HalvingGridSearchCV` needs
+    ``return_train_score=False``.
 
     Parameters
     ----------

@@ -37,7 +37,7 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
     Parameters
     ----------
     detector : object
-        A fitted detector, or a `ThresholdCalibrator` around one.
+        A fitted detector, or a :class:`~skanomaly.ThresholdCalibrator` around one.
     path : str or path-like
         File to write. An older one is replaced when the new one is complete.
     batch_size : int, default=1

@@ -138,8 +138,8 @@ class Pipeline(sklearn_pipeline.Pipeline):
         sklearn.utils.Bunch
             What `inspect` of the last step returns. Maps and masks have the resolution
             of the first array, as `localize` and `segment` have them; regions are in
-            its pixels, and behind `LoadImages` in pixels of the files:
-            :func:`skanomaly.inspection.inspect` tells more.
+            its pixels, and behind :class:`~skanomaly.LoadImages` in pixels of the
+            files: :func:`skanomaly.inspection.inspect` tells more.
         """
         X, way_back = self._forward(X)
         report = self._final_estimator.inspect(X)

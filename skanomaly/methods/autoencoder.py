@@ -479,13 +479,13 @@ class VariationalAutoencoder(_ReconstructionDetector):
 
     Notes
     -----
-    The network is that of `Autoencoder`, with two codes: means and logarithms of
-    variances. Residuals are averaged over samples, as in the paper on autoencoders. The
-    same ones are drawn for every image and every call after one fit, so that scores are
-    deterministic. (The mean code is no substitute: along coordinates that carry no
-    information it is zero, where the decoder was hardly ever trained.) Logarithms of
-    variances are kept between -20 and 10. Initial weights, images and crops are treated
-    as there.
+    The network is that of :class:`~skanomaly.Autoencoder`, with two codes: means and
+    logarithms of variances. Residuals are averaged over samples, as in the paper on
+    autoencoders. The same ones are drawn for every image and every call after one fit,
+    so that scores are deterministic. (The mean code is no substitute: along coordinates
+    that carry no information it is zero, where the decoder was hardly ever trained.)
+    Logarithms of variances are kept between -20 and 10. Initial weights, images and
+    crops are treated as there.
 
     On a processor, images of 64 pixels, ``code_size=32``, ``batch_size=16`` and
     ``learning_rate=1e-3`` are a good start.

@@ -184,7 +184,7 @@ class DifferNet(NetworkDetector):
         Weight decay of Adam.
     backbone : str, default="alexnet"
         Name of a network of torchvision, "efficientnet_lite0", or "timm/NAME";
-        `skanomaly.backbones.Backbone` says more.
+        :class:`~skanomaly.backbones.Backbone` says more.
     layer : str, default=None
         The layer whose features are pooled, such as "layer3". None takes the last one
         before the classifier.

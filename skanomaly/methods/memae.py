@@ -227,7 +227,7 @@ class MemAE(NetworkDetector):
     A map is the root of the squared differences summed over the channels, for values
     from -1 to 1, and the score of an image the mean of its map. The code gives the
     score of a clip to the frame behind its middle; of clips by
-    `skanomaly.datasets.make_clips` that is frame ``clips.last - T + 1 + T // 2``.
+    :func:`skanomaly.datasets.make_clips` that is frame ``clips.last - T + 1 + T // 2``.
 
     On a processor, images of 64 pixels, ``channels=(32, 64, 64, 128)``,
     ``n_items=100``, ``batch_size=16`` and ``learning_rate=1e-3`` are a good start.

@@ -236,7 +236,7 @@ class MNAD(NetworkDetector):
 
     - The score is relative to the range of the training images, not of the video that
       is scored, so that an image has the same score in any company.
-      `skanomaly.metrics.frame_roc_auc_score` normalises each video.
+      :func:`skanomaly.metrics.frame_roc_auc_score` normalises each video.
     - The encoder ends in a bare convolution, without the batch normalisation that the
       code builds and never calls (1,024 parameters at full width).
     - The weights of an update are relative to the largest among the features that are

@@ -148,7 +148,7 @@ class PatchDetector(GrowingDetector):
     backbone : str, default="resnet18"
         Name of a network of torchvision, "efficientnet_lite0", "timm/NAME", or
         "precomputed" if X is the structured array that ``BackboneFeatures`` returns;
-        `skanomaly.backbones.Backbone` says more.
+        :class:`~skanomaly.backbones.Backbone` says more.
     layers : tuple of str, default=None
         Layers whose features make the map. None takes those of the family of the
         backbone that have an eighth and a sixteenth of the image's side.

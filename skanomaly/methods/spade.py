@@ -54,7 +54,7 @@ class SPADE(FeatureDetector):
     backbone : str, default="wide_resnet50_2"
         Name of a network of torchvision, "efficientnet_lite0", "timm/NAME", or
         "precomputed" if X is the structured array that ``BackboneFeatures`` returns;
-        `skanomaly.backbones.Backbone` says more.
+        :class:`~skanomaly.backbones.Backbone` says more.
     layers : tuple of str, default=("layer1", "layer2", "layer3")
         Layers whose features make the map.
     weights : str, path or None, default="imagenet"
