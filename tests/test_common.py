@@ -238,7 +238,11 @@ def test_inspect_is_four_calls_in_one_pass(cls, fitted, monkeypatch):
 
     assert len(n_calls) == 1
     assert set(labels) == {-1, 1}
-    assert sorted(report) == ["labels", "maps", "masks", "regions", "scores"]
+    assert set(report) == {
+        *("labels", "map_threshold", "maps", "masks", "offset", "regions", "scores")
+    }
+    assert report.offset == detector.offset_
+    assert report.map_threshold == detector.map_threshold_
     for name, expected in {
         "scores": scores,
         "labels": labels,

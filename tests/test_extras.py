@@ -52,6 +52,7 @@ def uses(random_images, small, tmp_path):
         ("onnx", "onnx"),
         ("onnxscript", "onnx"),
         ("safetensors", "files"),
+        ("matplotlib", "plot"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(

@@ -35,9 +35,9 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
     {"_regions"},
     {"_planting", "base"},
     {"backbones", "images", "pipeline"},
-    {"_patches"},
+    {"_map_scores", "_patches", "_pictures"},
     METHODS,
-    {"_datasets.masks"},
+    {"_datasets.masks", "_report"},
     {"_datasets.folders"},
     {"_datasets.layouts"},
     {
