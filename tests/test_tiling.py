@@ -327,7 +327,7 @@ def test_a_detector_without_maps(small):
     X = noise(4, 64, 96)
     tiled = TiledDetector(small(SPADE, gallery_size=0), tile_size=32)
     assert not hasattr(tiled, "localize")
-    assert sorted(tiled.fit(X).inspect(X)) == ["labels", "scores"]
+    assert sorted(tiled.fit(X).inspect(X)) == ["labels", "offset", "scores"]
     assert not hasattr(tiled, "map_threshold_")
 
 
