@@ -30,15 +30,23 @@ from tqdm.auto import tqdm
 from ._fitting.batches import resolve_device
 from ._fitting.files import (
     DamagedFileError,
+    as_numpy,
     map_summed,
     named_write_errors,
     remove_leftovers,
     replacing_summed,
 )
+from ._fitting.persistence import forget
 from ._typing import Self, StrPath, fit_context
-from ._validation import check_images
+from ._validation import check_images, check_masks
 
-__all__ = ["CenterCropImages", "LoadImages", "ResizeImages", "ToDevice"]
+__all__ = [
+    "CenterCropImages",
+    "LoadImages",
+    "RegionOfInterest",
+    "ResizeImages",
+    "ToDevice",
+]
 
 # By suffix, Pillow's name of the format. Nothing else is opened: Pillow hands some
 # formats, such as PostScript, to other programs.
@@ -1219,6 +1227,199 @@ class CenterCropImages(_ArrayTransformer):
             start = (side - kept) // 2
             window.append(slice(start, start + kept))
         return window
+
+
+class RegionOfInterest(_ArrayTransformer):
+    """Leave out of account what lies outside of a region.
+
+    Pixels outside are painted in one colour, the mean of those inside of the training
+    images. Whatever a photograph shows there, the steps behind see the same: no
+    threshold, score or map depends on it, and nothing there is marked.
+
+    Parameters
+    ----------
+    mask : array-like of shape (H, W), str, path-like or callable
+        True or 1 inside of the region, False or 0 outside. Or the path of an image
+        file, bright inside (more than half of white). Or a function that takes images
+        (b, H, W, C) as they come in and returns a mask of each (b, H, W); to equal
+        images it must give equal masks.
+    image_shape : tuple of int, default=None
+        Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
+        features for a square grey image, any other number for an image of one line.
+
+    Attributes
+    ----------
+    mask_ : numpy.ndarray of shape (H, W)
+        True inside; absent if `mask` is a function.
+    fill_ : numpy.ndarray of shape (C,)
+        Colour outside, as numbers in [0, 1] (of uint8, divided by 255).
+    image_shape_ : tuple of int
+        Shape (H, W, C) of the images.
+    n_features_in_ : int
+        H * W * C.
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
+        Names of the columns; only where X was a data frame of rows.
+
+    See Also
+    --------
+    CenterCropImages : Cut away what lies around the centre.
+    TiledDetector : Judge photographs tile by tile.
+
+    Notes
+    -----
+    A detector sees the painted pixels, and judges them too: its own maps may be high
+    at the rim of a region whose shape is another than in training. One mask for all
+    images is always the same; a function is best where parts lie differently.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skanomaly import RegionOfInterest
+    >>> X = np.array([[[10, 20, 250], [30, 40, 240]]], np.uint8)
+    >>> region = RegionOfInterest([[1, 1, 0], [1, 1, 0]]).fit(X)
+    >>> region.transform(X)[..., 0]
+    array([[[10, 20, 25],
+            [30, 40, 25]]], dtype=uint8)
+    """
+
+    _parameter_constraints = {
+        "mask": ["array-like", str, os.PathLike, callable],
+        "image_shape": ["array-like", None],
+    }
+
+    def __init__(self, mask, *, image_shape=None):
+        self.mask = mask
+        self.image_shape = image_shape
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> Self:
+        """Find the colour of the pixels outside.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images, uint8 in [0, 255] or real numbers in [0, 1].
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : object
+            The fitted transformer.
+
+        Raises
+        ------
+        ValueError
+            If the mask is of another shape than the images, holds other values than 0
+            and 1, or selects nothing.
+        OSError
+            If it is a file that cannot be read.
+        """
+        images = self._check_X(X, reset=True)
+        forget(self, "mask_")
+        if not callable(self.mask):
+            self.mask_ = self._one_mask()
+        total, n = 0.0, 0
+        for rows in _slices(images):
+            masks = self._masks(images[rows], rows.start)
+            inside = as_numpy(images[rows])[masks].astype(np.float32)
+            total, n = total + inside.sum(axis=0, dtype=float), n + len(inside)
+        scale = 255 if _kept_dtype(images) in (np.uint8, torch.uint8) else 1
+        self.fill_ = total / (scale * n)
+        return self
+
+    def transform(self, X: ArrayLike) -> NDArray[Any] | torch.Tensor:
+        """Paint what lies outside of the region.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            Images of the shape seen in `fit`. A memory map is read batch by batch.
+
+        Returns
+        -------
+        numpy.ndarray or torch.Tensor of shape (n, H, W, C)
+            The painted images, in memory; uint8 if `X` is, else float32; a tensor if
+            `X` is one.
+        """
+        images = self._check_X(X, reset=False)
+        dtype = _kept_dtype(images)
+        result: NDArray[Any] | torch.Tensor
+        if isinstance(images, torch.Tensor):
+            result = images.to(dtype, copy=True)
+        else:
+            result = np.array(images, dtype)
+        of_bytes = dtype in (np.uint8, torch.uint8)
+        fill = np.rint(255 * self.fill_) if of_bytes else self.fill_
+        for rows in _slices(images):
+            outside = ~self._masks(images[rows], rows.start)
+            if isinstance(images, torch.Tensor):
+                outside = torch.from_numpy(outside).to(images.device)
+                result[rows][outside] = torch.from_numpy(fill).to(result)
+            else:
+                result[rows][outside] = fill
+        return result
+
+    def inverse_transform_maps(
+        self, maps: ArrayLike, X: ArrayLike
+    ) -> NDArray[np.float32]:
+        """Set anomaly maps outside of the region to a value that marks nothing.
+
+        Parameters
+        ----------
+        maps : array-like of shape (n, H, W)
+            Anomaly maps of the painted images.
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C)
+            The images before `transform`.
+
+        Returns
+        -------
+        numpy.ndarray of shape (n, H, W)
+            The maps, float32; outside lies 0, or the lowest value inside if that is
+            below 0.
+        """
+        images = self._check_X(X, reset=False)
+        maps = self._check_maps(maps, images, self.image_shape_[:2])
+        result = np.empty_like(maps)
+        for rows in _slices(images):
+            masks = self._masks(images[rows], rows.start)
+            lowest = maps[rows].min(axis=(1, 2), keepdims=True, where=masks, initial=0)
+            result[rows] = np.where(masks, maps[rows], lowest)
+        return result
+
+    def _one_mask(self):
+        if isinstance(self.mask, (str, os.PathLike)):
+            name = f"mask={os.fspath(self.mask)!r}"
+            mask = read_image(self.mask, mode="L")[..., 0] > 127
+        else:
+            name, mask = "mask", check_masks(self.mask)
+        if mask.shape != self.image_shape_[:2]:
+            raise ValueError(
+                f"{name} has shape {mask.shape}, but the images that come in are (H, W)"
+                f" = {self.image_shape_[:2]}. That of a photograph fits images behind "
+                "LoadImages(size=size) as LoadImages(size=size, mode='L').transform("
+                "[path])[0, :, :, 0] > 127."
+            )
+        if not mask.any():
+            raise ValueError(f"{name} selects no pixel.")
+        return mask
+
+    def _masks(self, images, start):
+        """Return the masks (b, H, W) of images, the first of which has a number."""
+        shape = tuple(images.shape[:3])
+        if not callable(self.mask):
+            return np.broadcast_to(self.mask_, shape)
+        masks = check_masks(self.mask(images))
+        if masks.shape != shape:
+            raise ValueError(
+                f"mask has returned an array of shape {masks.shape} for images of "
+                f"shape {tuple(images.shape)}; wanted is {shape}."
+            )
+        selected = masks.any(axis=(1, 2))
+        if not selected.all():
+            number = start + selected.argmin()
+            raise ValueError(f"mask selects no pixel of image {number}.")
+        return masks
 
 
 class ToDevice(_ArrayTransformer):

@@ -47,6 +47,7 @@ FLOORS = [  # from the ground up; modules of one floor do not import each other
         "inspection",
         "metrics",
         "model_selection",
+        "tiling",
     },
     {"onnx"},
     {"__init__"},

@@ -24,6 +24,7 @@ from skanomaly.images import (
     IMAGE_SUFFIXES,
     CenterCropImages,
     LoadImages,
+    RegionOfInterest,
     ResizeImages,
     ToDevice,
     image_files,
@@ -767,9 +768,16 @@ def test_crop_equals_pillow(size):
 # All of them
 
 
+def left_half(images):
+    """Return masks of images, True in the left half."""
+    height, width = images.shape[1:3]
+    return np.tile(np.arange(width) < width // 2, (len(images), height, 1))
+
+
 TRANSFORMERS = [
     ResizeImages(size=(5, 4)),
     CenterCropImages(size=(5, 4)),
+    RegionOfInterest(left_half),
     ToDevice(device="cpu"),
 ]
 
