@@ -19,6 +19,7 @@ import numpy as np
 
 from skanomaly import LoadImages, PatchDetector, ThresholdCalibrator
 from skanomaly.datasets import load_textures
+from skanomaly.display import ControlChartDisplay
 
 RATE = 0.02
 
@@ -86,6 +87,13 @@ for name, rows in (("steady", early), ("dim", ~early)):
     )
 
 # %%
+# Each p-value, and the rate below which a part is rejected.
+
+gate_chart = ControlChartDisplay.from_p_values(p_values, limit=RATE)
+gate_chart.ax_.axvline(DIMS_FROM, color="0.5", linestyle=":")
+plt.show()
+
+# %%
 # P-values of good parts are spread evenly over 0 to 1, whatever the detector. A single
 # low one is a part to reject. When the mean of those that pass falls, it is not a part
 # that has changed but the line: the camera, the light, the material. The band holds
@@ -100,19 +108,10 @@ is_low = mean < center - spread
 if is_low.any():
     print(f"at frame {ends[is_low][0]} the chart tells that the line has changed")
 
-_, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+_, axes = plt.subplots(figsize=(8, 3), layout="constrained")
 axes.axhspan(center - spread, center + spread, color="0.9", label="steady line")
 axes.plot(ends, mean, color="black", label=f"mean of {WINDOW} passed")
 axes.axvline(DIMS_FROM, color="0.5", linestyle=":", label="lamp begins to dim")
-for name, rows, color, marker in (
-    ("good part, passed", is_good & ~is_rejected, "tab:blue", "."),
-    ("good part, rejected", is_good & is_rejected, "tab:orange", "x"),
-    ("bad part, passed", ~is_good & ~is_rejected, "tab:red", "."),
-    ("bad part, rejected", ~is_good & is_rejected, "tab:red", "x"),
-):
-    if rows.any():
-        where = np.flatnonzero(rows), p_values[rows]
-        axes.scatter(*where, s=30, c=color, marker=marker, label=name)
-axes.set(xlabel="frame", ylabel="p-value", ylim=(-0.03, 1.03))
-axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+axes.set(xlabel="image", ylabel="mean p-value", ylim=(0, 1))
+axes.legend()
 plt.show()

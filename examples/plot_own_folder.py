@@ -31,7 +31,8 @@ from skanomaly import (
     onnx,
 )
 from skanomaly.datasets import load_folder, load_textures
-from skanomaly.inspection import full_size_maps
+from skanomaly.display import AnomalyMapDisplay
+from skanomaly.inspection import write_report
 from skanomaly.model_selection import one_class_train_test_split
 
 folder = Path(tempfile.mkdtemp())
@@ -97,31 +98,27 @@ print(f"{is_rejected[y_test == 1].mean():.0%} of the good parts are rejected")
 
 # %%
 # Boxes are in pixels of the photographs, although the detector saw them at 128 x 128.
-# The map of each photograph is made at its own size when it is drawn.
+# The scale of the maps has the threshold in its middle.
 
 kinds = np.array([Path(path).parent.name for path in X_test])
 shown = [
     np.flatnonzero(is_rejected & (kinds == kind))[0] for kind in ("hole", "scratch")
 ]
-_, axes = plt.subplots(2, 2, figsize=(8, 6), layout="constrained")
-full_maps = full_size_maps(report.maps[shown], X_test[shown])
-for row, full_map, (left, right) in zip(shown, full_maps, axes, strict=True):
-    left.imshow(Image.open(X_test[row]), cmap="gray")
-    left.set_title(f"{kinds[row]}: p = {report.p_values[row]:.3f}")
-    right.imshow(full_map, cmap="magma", vmax=report.maps.max())
-    right.set_title("anomaly map")
-    for region in report.regions[report.regions["image"] == row]:
-        top, box_left, bottom, box_right = (
-            int(region[side]) for side in ("top", "left", "bottom", "right")
-        )
-        print(
-            f"{kinds[row]}: rows {top} to {bottom}, columns {box_left} to {box_right}"
-        )
-        corner, sides = (box_left, top), (box_right - box_left, bottom - top)
-        left.add_patch(plt.Rectangle(corner, *sides, fill=False, color="tab:red", lw=2))
-    for own_axes in (left, right):
-        own_axes.set_axis_off()
+for region in report.regions[np.isin(report.regions["image"], shown)]:
+    top, left, bottom, right = (
+        region[side] for side in ("top", "left", "bottom", "right")
+    )
+    kind = kinds[region["image"]]
+    print(f"{kind}: rows {top} to {bottom}, columns {left} to {right}")
+AnomalyMapDisplay.from_estimator(gate, X_test[shown])
 plt.show()
+
+# %%
+# For those who were not there, all of it goes on one page, which needs no network: a
+# table to sort, each row of which opens the pictures.
+
+write_report(report, X_test, folder / "report.html", title="Bricks of today")
+print(f"report.html has {(folder / 'report.html').stat().st_size / 1e6:.1f} MB")
 
 # %%
 # The whole of it goes into one file, and decides in another process as it does here.

@@ -1207,14 +1207,14 @@ class CenterCropImages(_ArrayTransformer):
         -------
         numpy.ndarray of shape (n, H, W)
             The maps, float32. Nothing is known of the border that was cut away: it gets
-            the lowest value of the image's map.
+            0, or the lowest value of the image's map if that is below.
         """
         check_is_fitted(self)
         rows, columns = self._window()
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         cropped = self._check_maps(maps, X, shape)
         result = np.empty((len(cropped), *self.image_shape_[:2]), np.float32)
-        result[:] = cropped.min(axis=(1, 2), keepdims=True)
+        result[:] = cropped.min(axis=(1, 2), keepdims=True, initial=0)
         result[:, rows, columns] = cropped
         return result
 
