@@ -149,6 +149,8 @@ class TiledDetector(MetaEstimatorMixin, BaseDetector):
             )
         if self.detector._clip_length is not None:
             raise ValueError(f"detector={name} judges clips, which are not tiled.")
+        if isinstance(self.detector, TiledDetector):
+            raise ValueError(f"detector={name} cuts tiles itself: give what is in it.")
         if get_tags(self.detector).target_tags.required:
             raise ValueError(
                 f"detector={name} needs labels to learn from, which tiles do not have."

@@ -305,6 +305,10 @@ def test_what_is_not_tiled():
         (TiledDetector(Brightness(), tile_size=65), "64 x 96 pixels: take .*=64 or"),
         (TiledDetector(MemAE(clip_length=16), tile_size=32), "MemAE judges clips"),
         (TiledDetector(DeScarGAN(), tile_size=32), "DeScarGAN needs labels"),
+        (
+            TiledDetector(TiledDetector(Brightness(), tile_size=8), tile_size=32),
+            "detector=TiledDetector cuts tiles itself",
+        ),
         (TiledDetector(Brightness(), overlap=1.0), "'overlap' parameter"),
         (TiledDetector(Brightness(), overlap=-0.1), "'overlap' parameter"),
         (TiledDetector(Brightness(), tile_size=0), "'tile_size' parameter"),
