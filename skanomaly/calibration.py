@@ -372,8 +372,8 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
 
     def _set_thresholds(self, judged):
         scores, peaks, pixels = zip(*judged, strict=True)
-        self.calibration_scores_ = np.sort(np.concatenate(scores))
-        n = len(self.calibration_scores_)
+        scores = self.calibration_scores_ = np.sort(np.concatenate(scores))
+        n = len(scores)
         # the smallest float above the rate must not take the last false positive away
         n_positives = math.floor((n + 1) * self.false_positive_rate + 1e-9)
         if n_positives < 1:
@@ -393,8 +393,13 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
                 threshold = _largest(np.concatenate(pixels), len(pixels[0])).min()
                 n_positives = 1 + (peaks > threshold).sum()
             self.map_threshold_ = detector.map_threshold_ = float(threshold)
-        lowest = np.append(self.calibration_scores_, np.inf)
+        lowest = np.append(scores, np.nextafter(scores[-1], np.inf))
         self.offset_ = detector.offset_ = float(lowest[n_positives - 1])
+        if isinstance(detector, BaseDetector):  # whose settings may be newer than fit
+            detector._built_from = {
+                **detector._built_from,
+                **{name: getattr(detector, name) for name in detector._judged_by},
+            }
 
     def score_samples(self, X: ImagesOrPaths) -> NDArray[np.float64]:
         """Score images by the detector: the higher, the more normal.

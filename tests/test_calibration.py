@@ -459,6 +459,7 @@ def test_every_image_may_have_a_marked_pixel(brightest):
     ).fit(X)
     assert (calibrator.predict(X) == -1).all()
     assert calibrator.segment(X).mean() == pytest.approx(0.5, abs=0.02)
+    assert np.isfinite(calibrator.decision_function(X)).all()
 
 
 def test_a_rate_of_pixels_needs_whole_maps(small):
@@ -494,6 +495,22 @@ def fitted_things(small, X, tmp_path):
     for path, image in zip(paths, X, strict=True):
         Image.fromarray(image).save(path)
     yield make_pipeline(LoadImages(), clone(detector)).fit(paths), paths
+
+
+def test_settings_since_the_fit_are_calibrated(small):
+    X = noisy(16)
+    detector = small(SPADE).fit(X[:8]).set_params(sigma=1.0)
+    calibrator = ThresholdCalibrator(
+        detector, method="prefit", false_positive_rate=0.25
+    ).fit(X[8:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrator.inspect(X)
+    with pytest.warns(UserWarning, match=r"sigma=1\.0 .* set after fit"):
+        detector.inspect(X)
+    calibrator.estimator_.sigma = 3.0
+    with pytest.warns(UserWarning, match=r"sigma=3\.0 \(in fit 1\.0\)"):
+        calibrator.inspect(X)
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot support")
