@@ -465,10 +465,10 @@ class ScoresDisplay:
             _, ax = plt.subplots()
         edges = np.histogram_bin_edges(scores, bins)
         ax.hist(
-            [scores[rows] for rows in groups.values()],
+            [scores[rows] for _, rows in groups],
             edges,
             stacked=True,
-            label=[f"{name} ({rows.sum()})" for name, rows in groups.items()],
+            label=[f"{name} ({rows.sum()})" for name, rows in groups],
         )
         if self.offset is not None:
             ax.axvline(self.offset, color="black", linestyle="--", label="threshold")
@@ -479,18 +479,20 @@ class ScoresDisplay:
         return self
 
     def _groups(self, n):
-        """Return the rows of each group by its name, as booleans."""
+        """Return the name of each group and its rows, as booleans."""
         good = required_labels(self.y, n) == 1
         if self.classes is not None:
             check_consistent_length(good, self.classes)
             classes = np.asarray(self.classes).astype(str)
             bad = ~good if self.y is not None else np.ones(n, bool)
-            groups = {name: bad & (classes == name) for name in np.unique(classes[bad])}
+            groups = [
+                (name, bad & (classes == name)) for name in np.unique(classes[bad])
+            ]
         elif self.y is None:
-            return {"images": good}
+            return [("images", good)]
         else:
-            groups = {"anomalous": ~good}
-        return groups if self.y is None else {"good": good, **groups}
+            groups = [("anomalous", ~good)]
+        return groups if self.y is None else [("good", good), *groups]
 
 
 class ControlChartDisplay:
@@ -558,7 +560,7 @@ class ControlChartDisplay:
             Images.
         response_method : {"score_samples", "p_values"}, default="score_samples"
             What is drawn: scores with the threshold, or the p-values of a
-            `ThresholdCalibrator` with its rate of false positives.
+            `ThresholdCalibrator` with the highest one that is called anomalous.
         times : array-like of shape (n,), default=None
             Numbers or times of the images, in any order.
         ax : matplotlib Axes, default=None
@@ -597,7 +599,7 @@ class ControlChartDisplay:
             )
         return cls.from_p_values(
             calibrator.p_values(X),
-            limit=calibrator.false_positive_rate,
+            limit=calibrator._p_values_of(np.nextafter(calibrator.offset_, -np.inf)),
             times=times,
             ax=ax,
         )

@@ -381,6 +381,8 @@ def test_scores_are_drawn_by_class():
         (line,) = display.ax_.lines
         assert line.get_xdata()[0] == -1.5
         assert display.figure_ is display.ax_.figure
+    display = ScoresDisplay.from_scores(scores, y, classes=np.full(50, "good"))
+    assert {"good (20)", "good (30)"} <= set(names(display.ax_))
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         ScoresDisplay.from_scores(scores, classes=classes[1:])
     with pytest.raises(ValueError, match="y has length 49"):
@@ -408,7 +410,7 @@ def test_scores_and_charts_of_estimators(small, random_images):
     of_p_values = ControlChartDisplay.from_estimator(
         holder, X, response_method="p_values"
     )
-    assert of_p_values.limit == 0.3
+    assert of_p_values.limit == 3 / 13  # the third of 12 held-out images
     np.testing.assert_array_equal(of_p_values.values, calibrator.p_values(X))
     # both mark what predict calls anomalous
     anomalous = np.flatnonzero(calibrator.predict(X) == -1)
@@ -422,6 +424,22 @@ def test_scores_and_charts_of_estimators(small, random_images):
         )
     with pytest.raises(ValueError, match="'score_samples' or 'p_values', got 'predict"):
         ControlChartDisplay.from_estimator(holder, X, response_method="predict")
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot support")
+@pytest.mark.parametrize("target, rate", [("image", 0.01), ("map", 0.15)])
+def test_charts_of_p_values_go_by_the_threshold(small, random_images, target, rate):
+    calibrator = ThresholdCalibrator(
+        small("SPADE", image_score="max"), target=target, false_positive_rate=rate, cv=2
+    ).fit(random_images(12, 16, 16, 3))
+    X = random_images(8, 16, 16, 3, seed=1)
+    X[6:] = X[6:] > 0.5
+    anomalous = np.flatnonzero(calibrator.predict(X) == -1)
+    assert 0 < len(anomalous) < len(X)
+    chart = ControlChartDisplay.from_estimator(
+        calibrator, X, response_method="p_values"
+    )
+    np.testing.assert_array_equal(chart.ax_.lines[1].get_xdata(), anomalous)
 
 
 def test_a_chart_is_in_the_order_of_time():
