@@ -112,6 +112,7 @@ def write_report(
     names = _names(names, pictures)
     _check(report, n)
     what = f"path={os.fspath(path)!r}"
+    path = os.path.expanduser(path)
     try_to_write(path, what)
 
     columns = {"Score": (report.scores, "#.4g")}

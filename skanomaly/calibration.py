@@ -79,7 +79,8 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
     ----------
     estimator_ : object
         The fitted detector; with "prefit" a copy of the one given, which shares its
-        arrays and networks and has thresholds of its own.
+        arrays and networks and has thresholds of its own. A fit that goes on with the
+        network (``warm_start``) changes both: calibrate again after it.
     calibration_scores_ : numpy.ndarray of shape (n_calibration,)
         Scores of the normal images held out, in ascending order.
     offset_ : float

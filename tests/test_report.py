@@ -292,6 +292,14 @@ def test_what_does_not_fit_is_named_and_an_older_page_stays(tmp_path):
         write_report(report, images, tmp_path / "no folder" / "page.html")
 
 
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    images = squares(1)
+    write_report(report_of(images), images, "~/page.html")
+    assert (tmp_path / "page.html").exists()
+
+
 def test_names_are_text(tmp_path):
     images = squares(3)
     write_report(report_of(images), images, tmp_path / "page.html", names=BAD_NAMES)
