@@ -782,7 +782,7 @@ TRANSFORMERS = [
 ]
 
 
-@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=repr)
+@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float64, np.float32, np.int64])
 def test_dtypes_and_tensors(transformer, dtype):
     X = (
@@ -797,7 +797,7 @@ def test_dtypes_and_tensors(transformer, dtype):
     assert from_tensor.numpy().dtype == kept
 
 
-@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=repr)
+@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=lambda t: type(t).__name__)
 def test_memory_map_and_rows(transformer, tmp_path):
     X = random_image(3, 8, 8)
     np.save(tmp_path / "X.npy", X)
@@ -807,7 +807,7 @@ def test_memory_map_and_rows(transformer, tmp_path):
     assert_array_equal(clone(transformer).fit_transform(X.reshape(3, 64)), expected)
 
 
-@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=repr)
+@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=lambda t: type(t).__name__)
 def test_shape_is_remembered(transformer):
     transformer = clone(transformer).fit(random_image(3, 9, 7, 3))
     assert transformer.image_shape_ == (9, 7, 3)

@@ -527,11 +527,11 @@ class PNet(MapScoredDetector):
         drawn = torch.randint(len(images), (n,), generator=batch.generator)
         images, masks = images[drawn], masks[drawn]
         found = network["extractor"](batch.images).float().sigmoid()
+        logits = network["extractor"](images).float()
         critic = network["structure_critic"]
 
-        yield critic, critic_loss(critic, masks, found.detach())
+        yield critic, critic_loss(critic, logits.sigmoid().detach(), found.detach())
 
-        logits = network["extractor"](images).float()
         yield (
             network["extractor"],
             F.binary_cross_entropy_with_logits(logits, masks)
