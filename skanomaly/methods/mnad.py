@@ -256,7 +256,8 @@ class MNAD(MapScoredDetector):
       nearest to an item, as in the paper; the code takes the largest of all.
     - A distance is the Euclidean one in the score, as in the paper, and the mean of
       squares in the loss, as in the code.
-    - The memory of scoring begins anew with every call. The error that decides on an
+    - With ``update_at_test=True`` the memory of scoring begins anew with every call; in
+      the code it goes on through all test videos. The error that decides on an
       update is that of the mean over the colours.
     - The learning rate is that of the paper for prediction; for reconstruction it has
       2e-5.
