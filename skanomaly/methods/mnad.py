@@ -16,7 +16,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from .._tensors.filters import full_precision
-from .._tensors.networks import pad_to_multiple
+from .._tensors.networks import Convolution3x3, pad_to_multiple
 from ..base import NetworkDetector
 
 MARGIN = 1.0
@@ -30,7 +30,7 @@ def _units(*sides):
     layers = []
     for wide, narrow in itertools.pairwise(sides):
         layers += [
-            nn.Conv2d(wide, narrow, 3, padding=1),
+            Convolution3x3(wide, narrow),
             nn.BatchNorm2d(narrow),
             nn.ReLU(inplace=True),
         ]
