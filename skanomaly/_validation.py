@@ -118,9 +118,7 @@ def _as_array(estimator, X, min_samples):
 
 def _is_plain(X):
     """Return whether X is an array of numbers with two axes or more, none empty."""
-    return (
-        type(X) is np.ndarray and X.dtype.kind in "uif" and X.ndim > 1 and X.size > 0
-    )
+    return type(X) is np.ndarray and X.dtype.kind in "uif" and X.ndim > 1 and X.size > 0
 
 
 def _refuse_what_is_no_array(name, X):
