@@ -1,6 +1,6 @@
 """
-See what a diseased image would look like if it were healthy
-============================================================
+DeScarGAN: what a diseased image would look like if it were healthy
+===================================================================
 
 DeScarGAN learns from healthy and diseased images, with one label for each image and no
 masks. It turns an image into its healthy version; the difference shows the disease.

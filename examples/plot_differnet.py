@@ -1,6 +1,6 @@
 """
-Score images by the density of their features
-=============================================
+Score images by the density of their features with DifferNet
+============================================================
 
 DifferNet learns how likely the features of a pretrained network are, averaged over an
 image. It scores whole images; the gradient of the score tells which pixels to blame.

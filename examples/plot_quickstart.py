@@ -1,6 +1,6 @@
 """
-Find defects in photographs of a brick wall
-===========================================
+Find defects in photographs of a brick wall with PatchDetector
+==============================================================
 
 A pretrained network turns each image into a grid of features, and a PCA learns how
 those of normal images vary. That takes seconds on a processor. The detector then marks

@@ -1,6 +1,6 @@
 """
-Compare methods that reconstruct or inpaint
-===========================================
+Compare seven methods that reconstruct or inpaint
+=================================================
 
 Seven detectors learn from the same photographs of bricks to give back what they see, or
 to paint anew what was hidden from them, and mark the pixels where that fails. All of

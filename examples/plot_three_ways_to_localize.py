@@ -1,6 +1,6 @@
 """
-Three ways to say where
-=======================
+Three ways to say where: PatchSVDD, FCDD and PuzzleAE
+=====================================================
 
 PatchSVDD compares patches with stored ones, FCDD learns to see defects that it makes
 itself, PuzzleAE puts shuffled tiles in order again. Here all three learn from the same

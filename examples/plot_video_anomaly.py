@@ -1,6 +1,6 @@
 """
-Find strange moments in videos
-==============================
+Find strange moments in videos with MNAD
+========================================
 
 MNAD learns to predict the next frame of a video from the four before. Where something
 moves faster than ever or has an unknown form, the prediction fails.

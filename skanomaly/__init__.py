@@ -9,7 +9,13 @@ import importlib
 
 from .backbones import BackboneFeatures
 from .calibration import ThresholdCalibrator
-from .images import CenterCropImages, LoadImages, ResizeImages, ToDevice
+from .images import (
+    CenterCropImages,
+    LoadImages,
+    RegionOfInterest,
+    ResizeImages,
+    ToDevice,
+)
 from .methods.autoencoder import Autoencoder, VariationalAutoencoder
 from .methods.descargan import DeScarGAN
 from .methods.differnet import DifferNet
@@ -29,6 +35,7 @@ from .methods.scadn import SCADN
 from .methods.smai import SMAI
 from .methods.spade import SPADE
 from .pipeline import Pipeline, localize, make_pipeline
+from .tiling import TiledDetector
 from .version import __version__ as __version__
 
 __all__ = [
@@ -60,12 +67,14 @@ __all__ = [
     "BackboneFeatures",
     "CenterCropImages",
     "LoadImages",
+    "RegionOfInterest",
     "ResizeImages",
     "ToDevice",
     # composition
     "Pipeline",
     "make_pipeline",
     "ThresholdCalibrator",
+    "TiledDetector",
     "localize",
 ]
 

@@ -215,18 +215,12 @@ class GrowingDetector(PatchwiseDetector):
         "image_score": [StrOptions({"max", "top"})],
     }
 
-    _kept_names = (
-        *PatchwiseDetector._kept_names,
-        "_seen",
-        "_training_degrees",
-        "_training_peaks",
-    )
+    _kept_names = (*PatchwiseDetector._kept_names, "_seen")
     _judged_by = (*PatchwiseDetector._judged_by, "image_score")
 
     def _learned(self, images, degrees, peaks):
         """Note what `partial_fit` goes on with; return what ``_fit`` does."""
         self._seen = np.unique(images.keys)
-        self._training_degrees, self._training_peaks = degrees, peaks
         return degrees, peaks
 
     @abstractmethod
@@ -266,9 +260,10 @@ class GrowingDetector(PatchwiseDetector):
                 degrees, peaks = self._update(images)
             check_finite(self, degrees, peaks)
             self._seen = np.concatenate([self._seen, images.keys])
-        self._training_degrees = np.concatenate([self._training_degrees, degrees])
-        self._training_peaks = np.concatenate([self._training_peaks, peaks])
-        self._set_thresholds(self._training_degrees, self._training_peaks)
+        self._set_thresholds(
+            np.concatenate([self._training_degrees, degrees]),
+            np.concatenate([self._training_peaks, peaks]),
+        )
         return self
 
     def _unseen_images(self, X, labels):

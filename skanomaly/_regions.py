@@ -169,7 +169,9 @@ def report(judged, *, n_images, map_shape, offset, map_threshold):
         The report.
     """
     result = Bunch(scores=np.empty(n_images), labels=np.empty(n_images, np.int64))
+    result.offset = float(offset)
     if map_shape is not None:
+        result.map_threshold = float(map_threshold)
         result.maps = np.empty((n_images, *map_shape), np.float32)
         result.masks = np.empty((n_images, *map_shape), bool)
     for rows, degrees, maps in judged:

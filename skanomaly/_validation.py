@@ -25,6 +25,8 @@ OVERSHOOT = 0.25
 LARGEST = 1e6
 # a picture has so many channels at most, and sides that are longer than that
 MOST_CHANNELS = 4
+# the number of pixels from which on it matters how a row is read
+SMALLEST_PICTURE = 48
 
 
 def check_images(
@@ -74,6 +76,8 @@ def check_images(
         shape = fitted or _row_shape(
             name, images.shape[1], image_shape, clip_length or 1
         )
+        if reset and image_shape is None:
+            _warn_of_rows(len(images), images.shape[1] // (clip_length or 1), shape)
     else:
         _check_feature_names(estimator, X, reset=reset)
         shape = (*images.shape[1 + len(clip) :], 1)[:3]
@@ -95,6 +99,8 @@ def check_images(
 def _as_array(estimator, X, min_samples):
     """Return X as an array or tensor of finite real numbers."""
     name = type(estimator).__name__
+    if X is None:
+        raise ValueError(f"X is None, but {name} wants images.")
     if isinstance(X, torch.Tensor):
         return _check_tensor(name, X, min_samples)
     _refuse_what_is_no_array(name, X)
@@ -113,7 +119,11 @@ def _as_array(estimator, X, min_samples):
         )
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"X is refused by {name}: {error}") from error
+        cause = str(error)
+        if "contains NaN" in cause:  # and advice for tables in further lines
+            (cause, *_) = cause.splitlines()
+            cause += " Leave such images out, or fill in what is missing."
+        raise kind(f"X is refused by {name}: {cause}") from error
 
 
 def _is_plain(X):
@@ -311,14 +321,6 @@ def _row_shape(name, n_features, image_shape, n_images):
         side = math.isqrt(n_features)
         if side * side == n_features:
             return side, side, 1
-        side = math.isqrt(n_features // 3)
-        if side > MOST_CHANNELS - 1 and 3 * side * side == n_features:
-            warnings.warn(
-                f"X holds rows of {n_features} numbers, which are taken for images of "
-                f"one line. If they are colour images of {side} x {side} pixels, "
-                f"image_shape=({side}, {side}, 3) says so.",
-                stacklevel=4,
-            )
         return 1, n_features, 1
     if math.prod(image_shape) != n_features:
         raise ValueError(
@@ -326,6 +328,23 @@ def _row_shape(name, n_features, image_shape, n_images):
             f"{name} asks for {math.prod(image_shape)}."
         )
     return image_shape
+
+
+def _warn_of_rows(n_rows, n_features, shape):
+    """Warn of rows that are hardly meant as they are read."""
+    is_line = shape[0] == 1
+    if n_features < SMALLEST_PICTURE or not (is_line or n_rows == n_features):
+        return
+    side = math.isqrt(n_features // 3)
+    is_colour = 3 * side * side == n_features
+    wanted = f"({side}, {side}, 3)" if is_colour else "(H, W, C)"
+    kind = "one line" if is_line else f"{shape[0]} x {shape[1]} pixels"
+    warnings.warn(
+        f"X holds {n_rows} rows of {n_features} numbers, which are taken for grey "
+        f"images of {kind}. If rows are images of another shape, image_shape={wanted} "
+        "says so; if X is one grey image, X[None].",
+        stacklevel=4,
+    )
 
 
 class ValueRange(NamedTuple):

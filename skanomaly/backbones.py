@@ -41,7 +41,7 @@ from ._fitting.persistence import (
     network_to_arrays,
     plain_parameters,
 )
-from ._typing import Self, StrPath, fit_context
+from ._typing import Self, StrPath, available_if, fit_context
 from ._validation import check_images, check_range
 
 __all__ = ["Backbone", "BackboneFeatures"]
@@ -348,6 +348,16 @@ def check_backbone_takes(name: str, image_shape: tuple[int, int, int]) -> None:
     find_source(name).check_size(*size)
 
 
+def _gives_rows(features):
+    """Return True, or raise unless features are pooled; for ``available_if``."""
+    if not features.pool:
+        raise AttributeError(
+            "With pool=False each image has grids of features, which go into no data "
+            "frame; pool=True gives rows."
+        )
+    return True
+
+
 class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
     """Turn images into the features of a pretrained network.
 
@@ -402,6 +412,7 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
     -----
     The layers of an image stand together in one record of a structured array, which can
     be sliced, pickled, memory-mapped and split for cross-validation like any array.
+    With ``pool=True``, ``set_output(transform="pandas")`` gives data frames.
 
     Examples
     --------
@@ -510,6 +521,50 @@ class BackboneFeatures(PersistentNetwork, TransformerMixin, BaseEstimator):
         move_network(self.network_, images.device)
         return _collect(len(images), fitted._compute(images))
 
+    @available_if(_gives_rows)
+    def get_feature_names_out(
+        self, input_features: ArrayLike | None = None
+    ) -> NDArray[np.object_]:
+        """Name the columns of pooled features.
+
+        Parameters
+        ----------
+        input_features : None
+            Ignored.
+
+        Returns
+        -------
+        numpy.ndarray of shape (channels,)
+            A name for each channel of each layer, such as "layer1_0".
+        """
+        check_is_fitted(self)
+        height, width, channels = self.image_shape_
+        with torch.device("meta"), torch.inference_mode():  # which computes nothing
+            network = as_fitted(self)._build_network()
+            features = network(torch.empty(1, channels, height, width))
+        names = [
+            f"{layer}_{channel}"
+            for layer, values in features.items()
+            for channel in range(values.shape[1])
+        ]
+        return np.array(names, object)
+
+    @available_if(_gives_rows)
+    def set_output(self, *, transform: str | None = None) -> Self:
+        """Choose what `transform` returns; only where features are pooled.
+
+        Parameters
+        ----------
+        transform : {"default", "pandas", "polars"}, default=None
+            An array or a data frame. None changes nothing.
+
+        Returns
+        -------
+        self : object
+            The transformer.
+        """
+        return super().set_output(transform=transform)
+
     def inverse_transform_maps(
         self, maps: ArrayLike, X: ArrayLike
     ) -> NDArray[np.float32]:
@@ -597,7 +652,8 @@ class FeatureMemory:
         self.pool = pool
         kind = f"{precision}-means" if pool else precision
         self.folders = {
-            layer: Path(folder) / f"{key}-{kind}" for layer, key in keys.items()
+            layer: Path(os.path.expanduser(folder), f"{key}-{kind}")
+            for layer, key in keys.items()
         }
         with named_write_errors(f"memory={os.fspath(folder)!r}"):
             for own in self.folders.values():

@@ -215,6 +215,7 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         return self
 
     def _set_thresholds(self, degrees, peaks):
+        self._training_degrees, self._training_peaks = degrees, peaks
         self.offset_ = np.percentile(-degrees, 100 * self.contamination)
         if peaks is not None:
             self.map_threshold_ = np.quantile(peaks, 1 - self.contamination)
@@ -282,10 +283,7 @@ class BaseDetector(PersistentNetwork, OutlierMixin, BaseEstimator, metaclass=ABC
         return batches.ImageBatches(X, device, normal), labels[normal]
 
     def _prepare(self, X):
-        """Return the detector as it was fitted, and the images to predict for.
-
-        The network goes to the device of the images.
-        """
+        """Return the detector as it was fitted, its network moved, and the images."""
         check_is_fitted(self)
         _validation.check_default_dtype()
         fitted = persistence.as_fitted(self)

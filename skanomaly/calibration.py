@@ -312,13 +312,12 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         if self._is_prefit and self.method != "loo":
             check_is_fitted(self.estimator)
             return
-        checkpoint = final.get_params(deep=False).get("checkpoint")
-        if self.method == "cv" and checkpoint is not None:
-            raise ValueError(
-                f"checkpoint={str(checkpoint)!r} belongs to one fit, but method='cv' "
-                "fits one detector for each fold: take checkpoint=None, or "
-                "method='holdout'."
-            )
+        for name, value in self.estimator.get_params().items():
+            if self.method == "cv" and name.split("__")[-1] == "checkpoint" and value:
+                raise ValueError(
+                    f"{name}={str(value)!r} belongs to one fit, but method='cv' fits "
+                    "one detector for each fold: take None, or method='holdout'."
+                )
         if self.method != "loo":
             return
         if unwrapped(self.estimator) is not self.estimator or any(
@@ -557,7 +556,7 @@ def _key(image):
     if not isinstance(image, (str, os.PathLike)):
         return content_key(image)
     try:
-        return content_key(np.fromfile(image, np.uint8))
+        return content_key(np.fromfile(os.path.expanduser(image), np.uint8))
     except OSError:  # what reads the file has better words for it
         return os.fspath(image)
 

@@ -9,12 +9,13 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import Bunch
 
 from ._regions import find_regions
+from ._report import write_report
 from ._typing import ImagesOrPaths, StrPath
 from ._validation import check_maps
 from .images import resize, upright_shape
 from .pipeline import holder_of
 
-__all__ = ["find_regions", "full_size_maps", "inspect"]
+__all__ = ["find_regions", "full_size_maps", "inspect", "write_report"]
 
 
 def inspect(estimator: Any, X: ImagesOrPaths) -> Bunch:
@@ -37,10 +38,12 @@ def inspect(estimator: Any, X: ImagesOrPaths) -> Bunch:
           normal;
         - ``labels`` of shape (n,), as of ``predict``: +1 for normal and -1 for
           anomalous images;
+        - ``offset``, the threshold that scores of anomalous images are below;
         - ``p_values`` of shape (n,), as of ``ThresholdCalibrator.p_values``; only of a
           calibrator;
-        - ``maps`` of shape (n, H, W), as of ``localize``; this and the next two only if
-          the detector has maps;
+        - ``maps`` of shape (n, H, W), as of ``localize``; this and the next three only
+          if the detector has maps;
+        - ``map_threshold``, the value that maps exceed in masks of anomalous images;
         - ``masks`` of shape (n, H, W), as of ``segment``;
         - ``regions`` of shape (n_regions,), the connected regions of the masks, as
           :func:`find_regions` finds them: a structured array with the fields image,
@@ -57,6 +60,7 @@ def inspect(estimator: Any, X: ImagesOrPaths) -> Bunch:
     --------
     skanomaly.localize : The maps alone, for which less memory is needed.
     full_size_maps : The maps at the size of the photographs, one by one.
+    write_report : The report as a page to open in a browser, or to mail.
 
     Notes
     -----
@@ -79,7 +83,7 @@ def inspect(estimator: Any, X: ImagesOrPaths) -> Bunch:
     >>> detector = SPADE(backbone="resnet18", weights=None).fit(X[:6])
     >>> report = inspect(detector, X[6:])
     >>> sorted(report)
-    ['labels', 'maps', 'masks', 'regions', 'scores']
+    ['labels', 'map_threshold', 'maps', 'masks', 'offset', 'regions', 'scores']
     >>> report.regions.dtype.names[:6]
     ('image', 'label', 'top', 'left', 'bottom', 'right')
     """

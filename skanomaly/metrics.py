@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.metrics._scorer import _BaseScorer
@@ -328,33 +328,112 @@ def frame_roc_auc_score(
     >>> frame_roc_auc_score(y_true, scores, [0, 0, 0, 1, 1, 1])
     1.0
     """
-    y_true, scores, video = map(np.asarray, (y_true, scores, video))
-    if y_true.ndim != 1 or not y_true.shape == scores.shape == video.shape:
-        raise ValueError(
-            "y_true, scores and video must have the same shape (n,), got "
-            f"{y_true.shape}, {scores.shape} and {video.shape}."
-        )
+    y_true = np.asarray(y_true)
     if not np.isin(y_true, (-1, 1)).all():
         raise ValueError(
             "y_true must hold +1 for normal and -1 for anomalous frames, got values "
             f"such as {np.unique(y_true)[:5]}."
         )
-    if scores.dtype.kind not in "biuf":
-        raise ValueError(f"scores must hold real numbers, got {scores.dtype}.")
-    if not np.isfinite(scores).all():
-        raise ValueError("scores must be finite, got NaN or infinity.")
-    if (video != video).any():
-        raise ValueError("video must hold a number or name for each frame, got NaN.")
+    _check_frames(y_true=y_true, scores=scores, video=video)
     for label, kind in ((-1, "an anomalous"), (1, "a normal")):
         if label not in y_true:
             raise ValueError(f"y_true must contain {kind} frame, got none.")
-    normalized = np.zeros(len(scores))
+    return _Ranking(y_true == -1, _scaled_in_videos(scores, video)).roc_auc()
+
+
+def _check_frames(**values):
+    """Raise unless arrays have one number, and the last a name, for each frame."""
+    *numbers, video = names = list(values)
+    arrays = {name: np.asarray(values[name]) for name in names}
+    shapes = [array.shape for array in arrays.values()]
+    if len(shapes[0]) != 1 or len(set(shapes)) > 1:
+        raise ValueError(
+            f"{', '.join(numbers)} and {video} must have the same shape (n,), got "
+            f"{', '.join(map(str, shapes[:-1]))} and {shapes[-1]}."
+        )
+    for name in numbers:
+        if arrays[name].dtype.kind not in "biuf":
+            raise ValueError(
+                f"{name} must hold real numbers, got {arrays[name].dtype}."
+            )
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity.")
+    if (arrays[video] != arrays[video]).any():
+        raise ValueError("video must hold a number or name for each frame, got NaN.")
+
+
+def _scaled_in_videos(values, video):
+    """Scale values to [0, 1] within each video; equal ones become 0."""
+    values, video = np.asarray(values), np.asarray(video)
+    scaled = np.zeros(len(values))
     for name in np.unique(video):
         rows = video == name
-        shifted = scores[rows].astype(np.float64)
+        shifted = values[rows].astype(np.float64)
         shifted -= shifted.min()
-        normalized[rows] = shifted / (shifted.max() or 1)
-    return _Ranking(y_true == -1, normalized).roc_auc()
+        scaled[rows] = shifted / (shifted.max() or 1)
+    return scaled
+
+
+def video_scores(
+    psnr: ArrayLike,
+    distance: ArrayLike,
+    video: ArrayLike,
+    *,
+    score_weight: float = 0.6,
+) -> NDArray[np.float64]:
+    """Mix two measures of frames into scores, each scaled in its video.
+
+    Parameters
+    ----------
+    psnr, distance : array-like of shape (n,)
+        Peak signal-to-noise ratio of each frame in decibels, low where anomalous, and
+        its distance from a memory, high where anomalous, as of ``MNAD.measure``.
+    video : array-like of shape (n,)
+        For each frame, the number or name of its video.
+    score_weight : float, default=0.6
+        Weight of the first measure; the second has the rest.
+
+    Returns
+    -------
+    numpy.ndarray of shape (n,)
+        Scores from 0 to 1, high where a frame looks anomalous.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, the numbers are not finite, or the weight is not within
+        [0, 1].
+
+    See Also
+    --------
+    skanomaly.MNAD.measure : Returns both measures.
+    frame_roc_auc_score : Scales one score in each video.
+
+    Notes
+    -----
+    With g scaling to [0, 1] by minimum and maximum of the video, the score is
+    ``w * (1 - g(psnr)) + (1 - w) * g(distance)``, as in [1]_. Its area under the ROC
+    curve over the frames of all videos, by :func:`sklearn.metrics.roc_auc_score`, is
+    what the paper reports. The scaling needs whole videos.
+
+    References
+    ----------
+    .. [1] H. Park, J. Noh and B. Ham, "Learning memory-guided normality for anomaly
+       detection", CVPR 2020, pp. 14372-14381. arXiv 2003.13228.
+
+    Examples
+    --------
+    >>> from skanomaly.metrics import video_scores
+    >>> video_scores([30, 20, 25], [0.1, 0.3, 0.2], ["a", "a", "a"])
+    array([0. , 1. , 0.5])
+    """
+    _check_frames(psnr=psnr, distance=distance, video=video)
+    if not isinstance(score_weight, Real) or not 0 <= score_weight <= 1:
+        raise ValueError(f"score_weight={score_weight!r} must be within [0, 1].")
+    error = 1 - _scaled_in_videos(psnr, video)
+    return score_weight * error + (1 - score_weight) * _scaled_in_videos(
+        distance, video
+    )
 
 
 def anomaly_roc_auc(estimator: Any, X: ImagesOrPaths, y: ArrayLike) -> float:

@@ -1,6 +1,7 @@
 """Export of fitted detectors to ONNX, for machines without Python or torch."""
 
 import copy
+import os
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
         2 GiB.
     FileNotFoundError
         If the folder of `path` does not exist.
+    IsADirectoryError
+        If `path` is a folder.
     ImportError
         If onnx or onnxscript is missing.
 
@@ -85,7 +88,12 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
     """
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be an integer >= 1.")
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"path={str(path)!r} is a folder; give the file, such as "
+            f"{str(path / 'detector.onnx')!r}."
+        )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r}: its folder does not exist.")
     thresholds = detector

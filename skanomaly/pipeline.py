@@ -187,7 +187,7 @@ def localize(estimator: Any, X: ImagesOrPaths) -> NDArray[np.floating]:
     ----------
     estimator : object
         A fitted detector, a pipeline of skanomaly or of scikit-learn that ends in one,
-        or a search among such estimators.
+        a ThresholdCalibrator around these, or a search among such estimators.
     X : array-like of shape (n, H, W, C), or what the estimator takes
         Images.
 
@@ -221,7 +221,7 @@ def localize(estimator: Any, X: ImagesOrPaths) -> NDArray[np.floating]:
 
 
 def holder_of(method, estimator, complaint):
-    """Return an estimator, or what is inside of a search, if it has a method."""
+    """Return an estimator, or what holds its detector, if that has a method."""
     holder = with_maps(estimator)
     if hasattr(holder, method):
         return holder
@@ -232,10 +232,16 @@ def holder_of(method, estimator, complaint):
 
 
 def with_maps(estimator: Any) -> Any:
-    """Return a pipeline of scikit-learn as one of ours; of a search, the best."""
+    """Return a pipeline of scikit-learn as one of ours, anything else as it is.
+
+    It may stand inside of a search, be frozen, or end in any of these.
+    """
     estimator = getattr(estimator, "best_estimator_", estimator)
+    if isinstance(estimator, FrozenEstimator):
+        return with_maps(estimator.estimator)
     if isinstance(estimator, sklearn_pipeline.Pipeline):
-        return Pipeline(estimator.steps)
+        *others, (name, final) = estimator.steps
+        return Pipeline([*others, (name, with_maps(final))])
     return estimator
 
 
@@ -258,19 +264,25 @@ def final_step(estimator):
 
 
 def loaded_images(estimator, X):
-    """Return the images that a pipeline loads from paths; images as they are."""
+    """Return the images in whose pixels `inspect` finds the regions.
+
+    These are X, what a step loads from the paths in X, or, where such a step scales
+    regions to its files as `LoadImages` does, their paths.
+    """
     if not holds_paths(X):
         return X
-    estimator = unwrapped(estimator)
-    if not isinstance(estimator, sklearn_pipeline.Pipeline):
+    holder = unwrapped(estimator)
+    if not isinstance(holder, sklearn_pipeline.Pipeline):
         raise TypeError(
-            f"X holds paths, but {type(estimator).__name__} has no step that loads "
-            "them."
+            f"X holds paths, but {type(holder).__name__} has no step that loads them."
         )
-    first = estimator.steps[0][1]
-    if isinstance(first, sklearn_pipeline.Pipeline):
-        return loaded_images(first, X)
-    return first.transform(X)
+    for transformer in _transformers(holder._iter(with_final=False)):
+        if hasattr(transformer, "inverse_transform_regions"):
+            return X
+        X = transformer.transform(X)
+        if not holds_paths(X):
+            return X
+    return loaded_images(holder.steps[-1][1], X)
 
 
 def _transformers(steps):

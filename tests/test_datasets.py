@@ -486,6 +486,14 @@ def test_masks_that_are_empty_or_full_are_named(root, level, what):
     assert cork.masks_test[-1].all() == cork.masks_test[-1].any() == (level > 0)
 
 
+def test_masks_painted_on_the_photograph_are_named(root):
+    photograph = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
+    photograph[4:6, 3:7] = 255, 0, 0
+    save(root / "cork/ground_truth/hole/001.png", photograph)
+    with pytest.warns(UserWarning, match=r"hole.001\.png', which is nearly full at"):
+        load_mvtec(root, "cork")
+
+
 def test_masks_that_are_lost_when_the_image_shrinks_are_named(root):
     mask = np.zeros((12, 10), np.uint8)
     mask[0, 0] = 255

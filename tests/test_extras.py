@@ -35,7 +35,7 @@ def uses(random_images, small, tmp_path):
     file = tmp_path / "weights.safetensors"
     file.touch()
     return {
-        "timm": lambda: BackboneFeatures(backbone="timm/resnet18").fit(X),
+        "timm": lambda: BackboneFeatures(backbone="timm/no_such").fit(X),
         "onnx": lambda: onnx.export(detector, tmp_path / "a.onnx"),
         "onnxscript": lambda: onnx.export(detector, tmp_path / "a.onnx"),
         "safetensors": lambda: BackboneFeatures(backbone="resnet18", weights=file).fit(
@@ -52,6 +52,7 @@ def uses(random_images, small, tmp_path):
         ("onnx", "onnx"),
         ("onnxscript", "onnx"),
         ("safetensors", "files"),
+        ("matplotlib", "plot"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(

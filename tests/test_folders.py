@@ -1,6 +1,7 @@
 """Folders of one's own, and the layouts of VisA, MVTec LOCO and MVTec AD 2."""
 
 import csv
+import itertools
 import re
 from pathlib import Path
 
@@ -350,6 +351,17 @@ def test_empty_masks_are_named(parts):
     with pytest.warns(UserWarning, match=r"1 of 3.*hole.0_mask\.png.*empty") as told:
         load_folder(parts / "fine", parts / "bad", parts / "masks")
     assert told[0].filename == __file__
+
+
+def test_progress_of_images_and_masks(parts, monkeypatch, capsys):
+    sources = parts / "fine", parts / "bad", parts / "masks"
+    monkeypatch.setattr("tqdm.std.time", itertools.count().__next__)
+    load_folder(*sources)
+    assert capsys.readouterr().err == ""
+    load_folder(*sources, verbose=1)
+    shown = capsys.readouterr().err
+    assert "masks: 100%" in shown and "3/3" in shown
+    assert "load: 100%" in shown and "6/6" in shown
 
 
 # what is skipped, and what is refused

@@ -1,5 +1,6 @@
 """Decoding against Pillow, resizing against Pillow, and the ways back for maps."""
 
+import itertools
 import os
 import re
 import signal
@@ -16,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from sklearn.base import clone
 
 from skanomaly.images import (
     IMAGE_SUFFIXES,
     CenterCropImages,
     LoadImages,
+    RegionOfInterest,
     ResizeImages,
     ToDevice,
     image_files,
@@ -158,6 +160,58 @@ def test_read_resizes_to_height_and_width(tmp_path):
         expected = image.resize((width, height), Image.Resampling.BILINEAR)
         pixels = read_image(tmp_path / "a.png", size=size)
         assert_array_equal(pixels, np.asarray(expected))
+
+
+def decoded_in_full(path, size, mode):
+    """Return what Pillow makes of a file when it decodes all of its pixels."""
+    with Image.open(path) as file:
+        upright = ImageOps.exif_transpose(file).convert(mode)
+    height, width = size
+    resized = np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR))
+    return resized.reshape(height, width, -1).astype(int)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_large_jpegs_come_out_as_if_decoded_in_full(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph = (
+        Image.fromarray(random_image(60, 80, 3)).resize((800, 600)).convert(kind)
+    )
+    photograph.save(tmp_path / "a.jpg", quality=90, exif=exif)
+    for size in ((20, 30), (37, 25), (150, 70), (250, 250)):
+        for mode in ("RGB", "L"):
+            image = read_image(tmp_path / "a.jpg", size, mode).astype(int)
+            difference = abs(image - decoded_in_full(tmp_path / "a.jpg", size, mode))
+            assert difference.mean() < 1
+            assert difference.max() < 8
+
+
+@pytest.mark.parametrize(
+    ("sides", "size", "is_reduced"),
+    [
+        ((400, 320), (72, 58), True),  # a half has 2.75 times these sides
+        ((400, 320), (73, 58), False),  # but no longer the height
+        ((400, 320), (72, 59), False),  # or the width
+        ((402, 322), (50, 50), True),
+        ((402, 321), (50, 50), False),  # a column would be left over
+        ((400, 320), None, False),
+    ],
+)
+def test_jpegs_are_reduced_where_enough_is_left(tmp_path, sides, size, is_reduced):
+    Image.fromarray(random_image(*sides, 3)).save(tmp_path / "a.jpg", quality=95)
+    full = decoded_in_full(tmp_path / "a.jpg", size or sides, "RGB")
+    assert (read_image(tmp_path / "a.jpg", size) != full).any() == is_reduced
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp"])
+def test_other_files_are_decoded_in_full(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(random_image(400, 320, 3)).save(path)
+    assert_array_equal(
+        read_image(path, (40, 30)), decoded_in_full(path, (40, 30), "RGB")
+    )
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tiff"])
@@ -469,6 +523,24 @@ def test_load_refuses_nothing():
         LoadImages().transform([])
 
 
+@pytest.mark.parametrize("memmap", [False, True])
+def test_progress_is_shown_where_it_takes_a_while(
+    paths, tmp_path, memmap, monkeypatch, capsys
+):
+    folder = tmp_path / "maps" if memmap else None
+    LoadImages(verbose=1).transform(paths)
+    assert capsys.readouterr().err == ""  # loaded in a moment
+    monkeypatch.setattr("tqdm.std.time", itertools.count().__next__)
+    LoadImages().transform(paths)
+    assert capsys.readouterr().err == ""
+    LoadImages(verbose=1, memmap=folder).transform(paths)
+    assert "load: 100%" in (shown := capsys.readouterr().err)
+    assert "7/7" in shown
+    if memmap:  # which is there already
+        LoadImages(verbose=1, memmap=folder).transform(paths)
+        assert capsys.readouterr().err == ""
+
+
 def test_load_checks_parameters_without_fit(paths):
     with pytest.raises(ValueError, match="mode"):
         LoadImages(mode="CMYK").transform(paths)
@@ -688,22 +760,31 @@ def test_crop_equals_pillow(size):
     back = crop.inverse_transform_maps(maps, X)
     assert back.shape == (2, 9, 7) and back.dtype == np.float32
     assert_array_equal(back[:, top : top + height, left : left + width], maps)
-    for one, map_ in zip(back, maps, strict=True):
-        assert one.min() == map_.min()
-        assert np.count_nonzero(one == map_.min()) == 9 * 7 - height * width + 1
+    n_outside = 9 * 7 - height * width
+    assert np.count_nonzero(back == 0) == 2 * n_outside
+    # nothing beyond the border exceeds what is inside, and no mask marks it
+    for one, map_ in zip(crop.inverse_transform_maps(-maps, X), -maps, strict=True):
+        assert np.count_nonzero(one == map_.min()) == n_outside + 1
 
 
 # All of them
 
 
+def left_half(images):
+    """Return masks of images, True in the left half."""
+    height, width = images.shape[1:3]
+    return np.tile(np.arange(width) < width // 2, (len(images), height, 1))
+
+
 TRANSFORMERS = [
     ResizeImages(size=(5, 4)),
     CenterCropImages(size=(5, 4)),
+    RegionOfInterest(left_half),
     ToDevice(device="cpu"),
 ]
 
 
-@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=repr)
+@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float64, np.float32, np.int64])
 def test_dtypes_and_tensors(transformer, dtype):
     X = (
@@ -718,7 +799,7 @@ def test_dtypes_and_tensors(transformer, dtype):
     assert from_tensor.numpy().dtype == kept
 
 
-@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=repr)
+@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=lambda t: type(t).__name__)
 def test_memory_map_and_rows(transformer, tmp_path):
     X = random_image(3, 8, 8)
     np.save(tmp_path / "X.npy", X)
@@ -728,7 +809,7 @@ def test_memory_map_and_rows(transformer, tmp_path):
     assert_array_equal(clone(transformer).fit_transform(X.reshape(3, 64)), expected)
 
 
-@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=repr)
+@pytest.mark.parametrize("transformer", TRANSFORMERS, ids=lambda t: type(t).__name__)
 def test_shape_is_remembered(transformer):
     transformer = clone(transformer).fit(random_image(3, 9, 7, 3))
     assert transformer.image_shape_ == (9, 7, 3)

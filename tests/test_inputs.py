@@ -2,10 +2,13 @@
 
 import io
 import pickle
+import re
+import shutil
 import struct
 import warnings
 from functools import partial
 from numbers import Real
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -33,14 +36,27 @@ from sklearn.utils._param_validation import (
 )
 
 import skanomaly
-from skanomaly import SMAI, SPADE, DeScarGAN, MemAE, PNet
+from skanomaly import (
+    SMAI,
+    SPADE,
+    BackboneFeatures,
+    DeScarGAN,
+    LoadImages,
+    MemAE,
+    PatchCore,
+    PNet,
+    datasets,
+)
 from skanomaly._fitting.persistence import HOW_TO_COMPUTE
 from skanomaly.base import BaseDetector
+from skanomaly.inspection import full_size_maps
 
 DETECTORS = [
     cls
     for cls in (getattr(skanomaly, name) for name in skanomaly.__all__)
-    if isinstance(cls, type) and issubclass(cls, BaseDetector)
+    if isinstance(cls, type)
+    and issubclass(cls, BaseDetector)
+    and cls is not skanomaly.TiledDetector  # which is another detector around one
 ]
 EACH = pytest.mark.parametrize("cls", DETECTORS)
 
@@ -330,7 +346,37 @@ def test_an_image_shape_is_two_or_three_integers(cls, image_shape, fitted):
         small(cls, image_shape=image_shape).fit(X, y)
 
 
+@pytest.mark.parametrize(
+    ("X", "words"),
+    [
+        (striped(1, size=64)[0, ..., 0], r"64 rows of 64 numbers.*of 8 x 8 pixels"),
+        (striped(1, size=60)[0, :50, :, 0], r"50 rows of 60 numbers.*of one line"),
+    ],
+)
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_one_grey_image_in_fit_is_told_from_rows(X, words, kind):
+    with pytest.warns(UserWarning, match=rf"{words}.*one grey image, X\[None\]"):
+        small(skanomaly.PaDiM, weights=None).fit(kind(X))
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_of_square_grey_images_are_taken_without_a_word():
+    rows = striped(9)[..., 0].reshape(9, -1)
+    assert small(skanomaly.Autoencoder).fit(rows).image_shape_ == (16, 16, 1)
+
+
 # Numbers that are none, or too large
+
+
+@EACH
+def test_nothing_is_refused(cls, refuses):
+    refuses(cls, None, rf"X is None, but {cls.__name__} wants images")
+
+
+def test_advice_on_nan_is_meant_for_images(fitted):
+    X = np.full((4, 16, 16, 3), np.nan)
+    with pytest.raises(ValueError, match=r"NaN\. Leave such images out, .*missing\.$"):
+        fitted[SPADE].predict(X)
 
 
 EXTREMES = {
@@ -778,6 +824,53 @@ def test_a_name_that_was_not_saved_is_refused(cls, name, fitted):
     state = {**fitted[cls].__getstate__(), name: 1}
     with pytest.raises(ValueError, match=rf"{cls.__name__} is damaged"):
         object.__new__(cls).__setstate__(state)
+
+
+# Places on the disk
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Return a home folder that holds an image, and is not the current folder."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    (home / "set/train/good").mkdir(parents=True)
+    elsewhere.mkdir()
+    Image.fromarray(striped(1)[0]).save(home / "set/train/good/0.png")
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(home))
+    monkeypatch.chdir(elsewhere)
+    yield home
+    assert not list(elsewhere.iterdir())
+
+
+def test_home_is_where_images_are_found(home):
+    image = striped(1)
+    (home / "set/test").mkdir()
+    shutil.copytree(home / "set/train/good", home / "set/test/good")
+    for name in ("~/set/train/good/0.png", Path("~/set/train/good/0.png")):
+        np.testing.assert_array_equal(LoadImages().transform([name]), image)
+        assert next(full_size_maps(image[..., 0], [name])).shape == (16, 16)
+    for name in ("~/set/train", "~/set/*/good/0.png", ["~/set/train/good"]):
+        assert datasets.load_folder(name).files[0].startswith(str(home))
+    assert len(datasets.load_mvtec("~", "set").X_train) == 1
+    with pytest.raises(FileNotFoundError, match=re.escape(str(home / "split_csv"))):
+        datasets.load_visa("~", "set")
+
+
+def test_home_is_where_files_are_written_and_read(home):
+    X = striped(4)
+    LoadImages(memmap="~/maps").transform(["~/set/train/good/0.png"])
+    assert len(list(home.glob("maps/*.npy"))) == 1
+    resnet = {"backbone": "resnet18", "layers": ("layer1",)}
+    backbone = BackboneFeatures(**resnet, weights=None).fit(X).network_.trunk
+    torch.save(backbone.state_dict(), home / "w.pth")
+    detector = PatchCore(**resnet, weights="~/w.pth", memory="~/features").fit(X)
+    assert len(list(home.glob("features/*/*.npy"))) == 4
+    skanomaly.onnx.export(detector, "~/detector.onnx")
+    assert (home / "detector.onnx").is_file()
+    small(skanomaly.DRAEM, textures="~/set").fit(X)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(home / "nowhere"))):
+        small(MemAE, checkpoint="~/nowhere/c.ckpt").fit(X)
 
 
 # Small images

@@ -21,6 +21,7 @@ from skanomaly import (
     CenterCropImages,
     LoadImages,
     MemAE,
+    PatchDetector,
     Pipeline,
     ResizeImages,
     ThresholdCalibrator,
@@ -258,8 +259,9 @@ def test_pipelines_and_searches_of_scikit_learn(steps, small):
 
 
 @pytest.mark.parametrize("as_pipeline", [False, True])
-def test_a_calibrator_adds_p_values_and_uses_its_thresholds(small, as_pipeline):
-    detector = small(SPADE, n_neighbors=2, image_score="max")
+@pytest.mark.parametrize("method", [SPADE, PatchDetector])
+def test_a_calibrator_adds_p_values_and_uses_its_thresholds(small, method, as_pipeline):
+    detector = small(method, image_score="max")
     if as_pipeline:
         resize = ("resize", ResizeImages(size=32))
         detector = sklearn_pipeline.Pipeline([resize, ("detect", detector)])
@@ -271,6 +273,8 @@ def test_a_calibrator_adds_p_values_and_uses_its_thresholds(small, as_pipeline):
     report = calibrator.inspect(X)
     check(report, calibrator, X)
     np.testing.assert_array_equal(report.p_values, calibrator.p_values(X))
+    thresholds = calibrator.offset_, calibrator.map_threshold_
+    assert (report.offset, report.map_threshold) == thresholds
     expected = np.where(report.scores < calibrator.offset_, -1, 1)
     np.testing.assert_array_equal(report.labels, expected)
     anomalous = report.labels == -1
@@ -287,7 +291,8 @@ def test_a_detector_without_maps_reports_scores_and_labels(small):
         if estimator is not detector:
             estimator.fit(textures(12))
         report = estimator.inspect(X)
-        assert sorted(report) == ["labels", "scores"]
+        assert sorted(report) == ["labels", "offset", "scores"]
+        assert report.offset == detector.offset_
         np.testing.assert_array_equal(report.scores, estimator.score_samples(X))
         np.testing.assert_array_equal(report.labels, estimator.predict(X))
 

@@ -163,6 +163,8 @@ def test_what_cannot_be_exported_says_why(tmp_path, small):
         export(mnad, path, batch_size=0)
     with pytest.raises(FileNotFoundError, match="its folder does not exist"):
         export(mnad, tmp_path / "nowhere" / "detector.onnx")
+    with pytest.raises(IsADirectoryError, match=r"is a folder; give the file.*\.onnx"):
+        export(mnad, tmp_path)
     assert path.read_text() == "old"
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import os
 import pickle
 import re
 from functools import partial
@@ -138,7 +139,7 @@ def read_weights(path):
     dict of str to torch.Tensor
         The state dict.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(
             f"weights={str(path)!r} is not a file; it must be 'imagenet', the path of "

@@ -43,6 +43,7 @@ def load_folder(
     max_value: int | None = None,
     as_paths: bool = False,
     n_jobs: int | None = None,
+    verbose: int = 0,
 ) -> Bunch:
     """Load images of one's own: folders, globs, lists, columns of a data frame.
 
@@ -86,6 +87,8 @@ def load_folder(
         ``LoadImages(size=size, ...)``. Masks are loaded all the same.
     n_jobs : int, default=None
         Number of threads that decode; None means 1, -1 all processors.
+    verbose : int, default=0
+        Whether to show a progress bar, where loading takes more than a second.
 
     Returns
     -------
@@ -127,7 +130,7 @@ def load_folder(
     UserWarning
         If files are skipped, other than hidden ones and well-known companions of
         images; if masks look as if they were in another order than the images, or lie
-        among the images; if the mask of an anomalous image is empty or full.
+        among the images; if the mask of an anomalous image is empty or nearly full.
 
     See Also
     --------
@@ -161,7 +164,9 @@ def load_folder(
     masks: 1 file, paired by name
     skipped: nothing
     """
-    loader = LoadImages(size=size, mode=mode, max_value=max_value, n_jobs=n_jobs)
+    loader = LoadImages(
+        size=size, mode=mode, max_value=max_value, n_jobs=n_jobs, verbose=verbose
+    )
     if masks is not None and bad is None:
         raise ValueError("masks belong to anomalous images, but bad is None.")
     found_masks = _Found([], [], {}) if masks is None else _found("masks", masks, bad)
@@ -182,7 +187,9 @@ def load_folder(
     read_masks = None
     if mask_files is not None:
         sides = common_size(files) if size is None else sides_of(size)
-        read_masks = load_masks(files, mask_files, sides, n_jobs=n_jobs)
+        read_masks = load_masks(
+            files, mask_files, sides, n_jobs=n_jobs, verbose=verbose
+        )
         _check_masks_of_good(found_good.files, mask_files, read_masks)
         n_good = len(found_good.files)
         warn_of_trivial(read_masks[n_good:], mask_files[n_good:], stacklevel=3)
@@ -279,7 +286,7 @@ _WANTED = (
 
 def _listed(argument, given):
     if isinstance(given, (str, os.PathLike)):
-        return [given]
+        return [os.path.expanduser(given)]
     if not isinstance(given, Iterable) or isinstance(given, (bytes, set, frozenset)):
         raise TypeError(f"{argument} is a {type(given).__name__}. {_WANTED}")
     return listed_paths(argument, given, f" {_WANTED}")

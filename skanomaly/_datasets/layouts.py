@@ -1,6 +1,7 @@
 """Folders in the layouts of public data sets."""
 
 import csv
+import os
 import warnings
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,7 @@ def load_mvtec(
     mode: str = "RGB",
     max_value: int | None = None,
     n_jobs: int | None = None,
+    verbose: int = 0,
 ) -> Bunch:
     """Load a category of a data set in the folder layout of MVTec AD.
 
@@ -61,6 +63,8 @@ def load_mvtec(
         value in the images exceeds 4095.
     n_jobs : int, default=None
         Number of threads that decode; None means 1, -1 all processors.
+    verbose : int, default=0
+        Whether to show a progress bar, where loading takes more than a second.
 
     Returns
     -------
@@ -97,8 +101,8 @@ def load_mvtec(
     Warns
     -----
     UserWarning
-        If the mask of an anomalous image is empty or full, or if files that are neither
-        images nor well-known companions of them are skipped.
+        If the mask of an anomalous image is empty or nearly full, or if files that are
+        neither images nor well-known companions of them are skipped.
 
     See Also
     --------
@@ -146,7 +150,9 @@ def load_mvtec(
     >>> data.X_train.shape, data.y_test, data.masks_test.sum(axis=(1, 2))
     ((1, 8, 8, 1), array([ 1, -1]), array([ 0, 16]))
     """
-    loader = LoadImages(size=size, mode=mode, max_value=max_value, n_jobs=n_jobs)
+    loader = LoadImages(
+        size=size, mode=mode, max_value=max_value, n_jobs=n_jobs, verbose=verbose
+    )
     folder = _category(root, category, "test")
     train, skipped = _good_images(folder, "train")
     test, more = _test_images(folder / "test")
@@ -162,6 +168,7 @@ def load_mvtec_loco(
     size: int | tuple[int, int] | None = None,
     mode: str = "RGB",
     n_jobs: int | None = None,
+    verbose: int = 0,
 ) -> Bunch:
     """Load a category of MVTec LOCO AD: logical and structural anomalies.
 
@@ -189,6 +196,8 @@ def load_mvtec_loco(
         Colour (3 channels) or grey (1 channel).
     n_jobs : int, default=None
         Number of threads that decode; None means 1, -1 all processors.
+    verbose : int, default=0
+        Whether to show a progress bar, where loading takes more than a second.
 
     Returns
     -------
@@ -236,7 +245,7 @@ def load_mvtec_loco(
     >>> from skanomaly.datasets import load_mvtec_loco
     >>> data = load_mvtec_loco("mvtec_loco", "pushpins", size=256)  # doctest: +SKIP
     """
-    loader = LoadImages(size=size, mode=mode, n_jobs=n_jobs)
+    loader = LoadImages(size=size, mode=mode, n_jobs=n_jobs, verbose=verbose)
     folder = _category(root, category, "test", "validation")
     train, skipped = _good_images(folder, "train")
     validation, others = _good_images(folder, "validation")
@@ -255,6 +264,7 @@ def load_mvtec_ad2(
     size: int | tuple[int, int] | None = None,
     mode: str = "RGB",
     n_jobs: int | None = None,
+    verbose: int = 0,
 ) -> Bunch:
     """Load a category of MVTec AD 2, with its public test images.
 
@@ -280,6 +290,8 @@ def load_mvtec_ad2(
         Colour (3 channels) or grey (1 channel).
     n_jobs : int, default=None
         Number of threads that decode; None means 1, -1 all processors.
+    verbose : int, default=0
+        Whether to show a progress bar, where loading takes more than a second.
 
     Returns
     -------
@@ -326,7 +338,7 @@ def load_mvtec_ad2(
     >>> from skanomaly.datasets import load_mvtec_ad2
     >>> data = load_mvtec_ad2("mvtec_ad_2", "rice", size=256)  # doctest: +SKIP
     """
-    loader = LoadImages(size=size, mode=mode, n_jobs=n_jobs)
+    loader = LoadImages(size=size, mode=mode, n_jobs=n_jobs, verbose=verbose)
     folder = _category(root, category, "test_public", "validation")
     public = folder / "test_public"
     train, skipped = _good_images(folder, "train")
@@ -352,6 +364,7 @@ def load_visa(
     size: int | tuple[int, int] | None = None,
     mode: str = "RGB",
     n_jobs: int | None = None,
+    verbose: int = 0,
 ) -> Bunch:
     """Load a category of VisA, split as in its one-class protocol.
 
@@ -379,6 +392,8 @@ def load_visa(
         Colour (3 channels) or grey (1 channel).
     n_jobs : int, default=None
         Number of threads that decode; None means 1, -1 all processors.
+    verbose : int, default=0
+        Whether to show a progress bar, where loading takes more than a second.
 
     Returns
     -------
@@ -401,7 +416,7 @@ def load_visa(
     -----
     UserWarning
         If there are images that the file does not list, or if the mask of an anomalous
-        image is empty or full.
+        image is empty or nearly full.
 
     See Also
     --------
@@ -418,8 +433,8 @@ def load_visa(
     >>> from skanomaly.datasets import load_visa
     >>> data = load_visa("VisA_20220922", "candle", size=256)  # doctest: +SKIP
     """
-    loader = LoadImages(size=size, mode=mode, n_jobs=n_jobs)
-    root = Path(root)
+    loader = LoadImages(size=size, mode=mode, n_jobs=n_jobs, verbose=verbose)
+    root = Path(os.path.expanduser(root))
     rows = [row for row in _visa_rows(root) if row["object"] == category]
     if not rows:
         known = sorted({row["object"] for row in _visa_rows(root)})
@@ -497,7 +512,7 @@ def _visa_key(row):
 
 def _category(root, category, test, *others):
     """Return the folder of a category, or raise if there is none of its layout."""
-    folder = Path(root) / category
+    folder = Path(os.path.expanduser(root), category)
     for needed in (
         folder.parent,
         folder,
@@ -634,7 +649,12 @@ def _assembled(
     if mask_files is not None:
         sides = common_size(files) if loader.size is None else sides_of(loader.size)
         masks = load_masks(
-            test, mask_files, sides, any_value=any_value, n_jobs=loader.n_jobs
+            test,
+            mask_files,
+            sides,
+            any_value=any_value,
+            n_jobs=loader.n_jobs,
+            verbose=loader.verbose,
         )
         with_masks = [files for files in mask_files if files]
         warn_of_trivial(masks[~normal], with_masks, stacklevel=stacklevel)

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 from joblib import Parallel, delayed
 from PIL import ExifTags, ImageOps
+from tqdm.auto import tqdm
 
-from ..images import open_image
+from ..images import JPEGS, QUARTER_TURNS, open_image
 
 MASK_ENDING = re.compile(r"_mask([_-]?[0-9]+)?$")
 HALF = 127  # of the values of 8 bits
+NEARLY_FULL = 0.9  # few defects cover more of their image
 CHROMA_NOISE = 24
-QUARTER_TURNS = {5, 6, 7, 8}  # of EXIF's orientations
 
 
 def pair(images, masks, *, spare=()):
@@ -86,7 +87,7 @@ def _n_equal(first, second):
     return sum(1 for _ in takewhile(bool, equal))
 
 
-def load_masks(images, masks, size, *, any_value=False, n_jobs=None):
+def load_masks(images, masks, size, *, any_value=False, n_jobs=None, verbose=0):
     """Load the masks of images.
 
     Parameters
@@ -102,6 +103,8 @@ def load_masks(images, masks, size, *, any_value=False, n_jobs=None):
         for one with soft edges.
     n_jobs : int, default=None
         Number of threads; None means 1, -1 all processors.
+    verbose : int, default=0
+        Whether to show a progress bar, where loading takes more than a second.
 
     Returns
     -------
@@ -122,13 +125,21 @@ def load_masks(images, masks, size, *, any_value=False, n_jobs=None):
     joined = Parallel(n_jobs=n_jobs, prefer="threads", return_as="generator")(
         delayed(_joined)(masks[row], size, any_value) for row in masked
     )
-    for row, mask in zip(masked, joined, strict=True):
+    shown = tqdm(
+        joined,
+        desc="masks",
+        total=len(masked),
+        unit="image",
+        delay=1,
+        disable=not verbose,
+    )
+    for row, mask in zip(masked, shown, strict=True):
         result[row] = mask
     return result
 
 
 def warn_of_trivial(masks, mask_files, stacklevel):
-    """Warn of masks of anomalous images that are empty or full.
+    """Warn of masks of anomalous images that are empty or nearly full.
 
     Parameters
     ----------
@@ -145,16 +156,17 @@ def warn_of_trivial(masks, mask_files, stacklevel):
         If there are such masks.
     """
     shares = masks.mean(axis=(1, 2))
-    trivial = np.flatnonzero((shares == 0) | (shares == 1))
+    trivial = np.flatnonzero((shares == 0) | (shares > NEARLY_FULL))
     if len(trivial):
         first = trivial[0]
+        how = {0: "empty", 1: "full"}.get(shares[first], "nearly full")
         height, width = masks.shape[1:]
         warnings.warn(
-            f"Masks of anomalous images are empty or full: {len(trivial)} of "
-            f"{len(masks)}, such as {str(mask_files[first][0])!r}, which is "
-            f"{'full' if shares[first] else 'empty'} at {height} x {width} pixels. See "
-            "in the Notes of load_mvtec how masks are read; small defects may also be "
-            "lost where size shrinks the images.",
+            f"Masks of anomalous images are empty or nearly full: {len(trivial)} of "
+            f"{len(masks)}, such as {str(mask_files[first][0])!r}, which is {how} at "
+            f"{height} x {width} pixels. See in the Notes of load_mvtec how masks are "
+            "read: defects are neither black on white nor painted on the photograph. "
+            "Small ones may also be lost where size shrinks the images.",
             stacklevel=stacklevel,
         )
 
@@ -208,7 +220,7 @@ def _joined(mask_files, size, any_value):
 def _read(mask_file, any_value):
     """Return where a mask is anomalous, (H, W); the Notes of `load_mvtec` say how."""
     with open_image(mask_file) as image:
-        lossy = image.format in ("JPEG", "MPO") or (
+        lossy = image.format in JPEGS or (
             image.format == "WEBP" and b"VP8L" not in Path(mask_file).read_bytes()
         )
         ImageOps.exif_transpose(image, in_place=True)

@@ -97,7 +97,8 @@ class ImageBatches:
     ----------
     array : numpy.ndarray or torch.Tensor of shape (n, H, W, C) or (n, T, H, W, C)
         Images or clips, uint8 in [0, 255] or real numbers in [0, 1]; or a structured
-        array of shape (n,) whose fields have the shape (H, W, C).
+        array of shape (n,) whose fields have the shape (H, W, C). A sequence will do
+        that gives such an array for an array of rows.
     device : torch.device
         Where the tensors are wanted.
     rows : numpy.ndarray of int, default=None
@@ -129,8 +130,10 @@ class ImageBatches:
         """
         rows = self.rows[index]
         if isinstance(self.array, torch.Tensor):
-            return _to_unit(self.array[torch.as_tensor(rows)], self.device)
+            rows = torch.as_tensor(rows)
         chunk = self.array[rows]
+        if isinstance(chunk, torch.Tensor):
+            return _to_unit(chunk, self.device)
         if chunk.dtype.names is None:
             return _to_unit(_to_tensor(chunk), self.device)
         return {

@@ -136,7 +136,13 @@ class PersistentNetwork:
     # others are those of the fit
     _judged_by: tuple[str, ...] = ()
     # private attributes that a fit leaves
-    _kept_names: tuple[str, ...] = ("_seed", "_built_from", "_value_range")
+    _kept_names: tuple[str, ...] = (
+        "_seed",
+        "_built_from",
+        "_value_range",
+        "_training_degrees",
+        "_training_peaks",
+    )
 
     def _check_settings(self):
         """Raise if parameters do not fit each other or the images."""
@@ -259,6 +265,9 @@ def _leaves(value, path=()):
             yield from _leaves(item, (*path, number))
     elif isinstance(value, np.ndarray) and value.dtype.hasobject:
         yield from _leaves(value.tolist(), path)
+    elif isinstance(value, PersistentNetwork):
+        # what it has learned has a checksum of its own
+        yield from _leaves(value.get_params(deep=False), path)
     elif isinstance(value, BaseEstimator) or type(value).__module__.startswith(
         f"{__name__.partition('.')[0]}."
     ):

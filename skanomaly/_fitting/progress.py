@@ -200,7 +200,7 @@ def _named(path):
 
 def _checked_place(checkpoint):
     """Return the path of a checkpoint, where a file can be written."""
-    path = Path(checkpoint)
+    path = Path(os.path.expanduser(checkpoint))
     if not os.fspath(checkpoint) or path.is_dir():
         raise ValueError(
             f"checkpoint={os.fspath(checkpoint)!r} must name a file, but names a "

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
+from .._map_scores import MapScoredDetector
 from .._tensors.networks import pad_to_multiple
-from ..base import NetworkDetector
 
 COSINE_TEMPERATURE = 0.1
 
@@ -120,7 +120,7 @@ class MemoryAutoencoder(nn.Module):
         return read.view(queries.shape).movedim(-1, 1), weights
 
 
-class MemAE(NetworkDetector):
+class MemAE(MapScoredDetector):
     """MemAE: rebuild images, or clips of a video, from items of a memory.
 
     An autoencoder whose code is replaced by a sparse mixture of learned items. An image
@@ -141,6 +141,15 @@ class MemAE(NetworkDetector):
     channels : tuple of int, default=None
         Numbers of channels of the layers, each of which halves the image. None takes
         (64, 128, 128, 256) for images and (96, 128, 256, 256) for clips.
+    image_score : {"mean", "max"}, default="mean"
+        What the score of an image is: "mean" is the mean of the map, as in the paper;
+        "max" is the maximum of the map, which finds small defects.
+    smoothing_size : int, default=1
+        Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
+        It scales with the size of the images; 1 leaves them as they are.
+    reference : {"none", "training"}, default="none"
+        What is subtracted from the maps: nothing, or the mean map of the training
+        images.
     clip_length : int, default=None
         Number T of images a clip, where X holds clips (n, T, H, W, C), (n, T, H, W) or
         their rows; the paper has 16. Maps are then of shape (n, T, H, W). None where X
@@ -185,6 +194,9 @@ class MemAE(NetworkDetector):
         The trained network; ``network_.memory.items`` are its items.
     item_usage_ : numpy.ndarray of shape (n_items,)
         Mean weight of each item over the training images.
+    mean_map_ : numpy.ndarray of shape (H, W) or (T, H, W)
+        Mean map of the training images before it is smoothed; only with
+        ``reference="training"``.
     loss_curve_ : list of float
         Mean training loss of every epoch.
     validation_curve_ : list of float
@@ -225,7 +237,10 @@ class MemAE(NetworkDetector):
       and, for clips, 8 images).
 
     A map is the root of the squared differences summed over the channels, for values
-    from -1 to 1, and the score of an image the mean of its map. The code gives the
+    from -1 to 1. The mean over it is made for frames of videos and their metric,
+    :func:`skanomaly.metrics.frame_roc_auc_score`; for defects take
+    ``image_score="max"``, ``smoothing_size=21`` and, where all parts are placed alike,
+    ``reference="training"``. The code gives the
     score of a clip to the frame behind its middle; of clips by
     :func:`skanomaly.datasets.make_clips` that is frame ``clips.last - T + 1 + T // 2``.
 
@@ -249,12 +264,13 @@ class MemAE(NetworkDetector):
     """
 
     _parameter_constraints = {
-        **NetworkDetector._parameter_constraints,
+        **MapScoredDetector._parameter_constraints,
         "n_items": [Interval(Integral, 1, None, closed="left"), None],
         "shrink": [Interval(Real, 0, 1, closed="left"), StrOptions({"auto"})],
         "similarity": [StrOptions({"dot", "cosine"})],
         "entropy_weight": [Interval(Real, 0, None, closed="left")],
         "channels": [tuple, list, None],
+        "image_score": [StrOptions({"mean", "max"})],
         "clip_length": [Interval(Integral, 1, None, closed="left"), None],
     }
 
@@ -266,6 +282,9 @@ class MemAE(NetworkDetector):
         similarity="dot",
         entropy_weight=2e-4,
         channels=None,
+        image_score="mean",
+        smoothing_size=1,
+        reference="none",
         clip_length=None,
         image_shape=None,
         max_epochs=100,
@@ -287,6 +306,9 @@ class MemAE(NetworkDetector):
         self.similarity = similarity
         self.entropy_weight = entropy_weight
         self.channels = channels
+        self.image_score = image_score
+        self.smoothing_size = smoothing_size
+        self.reference = reference
         self.clip_length = clip_length
         self.image_shape = image_shape
         self.max_epochs = max_epochs
@@ -331,6 +353,7 @@ class MemAE(NetworkDetector):
             raise ValueError(f"channels={channels!r} must hold integers > 0.")
 
     def _survey(self, images):
+        super()._survey(images)
         total, n_queries = 0.0, 0
         for _, weights in self._in_batches(images, self._weights):
             total, n_queries = total + weights.sum(dim=0), n_queries + len(weights)
@@ -349,7 +372,7 @@ class MemAE(NetworkDetector):
             F.mse_loss(rebuilt.float(), images) + self.entropy_weight * entropy,
         )
 
-    def _judge(self, images, *, maps_wanted, generator):
+    def _raw(self, images, generator):
         images = 2 * images - 1
         rebuilt, _ = self.network_(images)
         maps = (rebuilt - images).square().sum(dim=1).sqrt()

@@ -12,12 +12,14 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
+from .._map_scores import MapScoredDetector
 from .._tensors.filters import full_precision
 from .._tensors.networks import Convolution3x3, pad_to_multiple
-from ..base import NetworkDetector
 
 MARGIN = 1.0
 # weights of the two losses of the items, weight of the PSNR in the score, and threshold
@@ -137,7 +139,7 @@ def updated_memory(memory, queries):
     return F.normalize(memory + weights.T @ queries, dim=1)
 
 
-class MNAD(NetworkDetector):
+class MNAD(MapScoredDetector):
     """MNAD: rebuild images, or predict those of a video, with the help of a memory.
 
     An autoencoder whose decoder also sees, for each feature, a mixture of a few items
@@ -158,6 +160,15 @@ class MNAD(NetworkDetector):
     score_weight : float, default=None
         Weight of the error in the score; the distance from the items has the rest. None
         takes 0.7 for reconstruction and 0.6 for prediction.
+    image_score : {"mixture", "max"}, default="mixture"
+        What the score of an image is: "mixture" is that of error and distance, as in
+        the paper; "max" is the maximum of the map, which finds small defects.
+    smoothing_size : int, default=1
+        Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
+        It scales with the size of the images; 1 leaves them as they are.
+    reference : {"none", "training"}, default="none"
+        What is subtracted from the maps: nothing, or the mean map of the training
+        images.
     update_at_test : bool, default=False
         Whether the memory goes on to be written while images are scored, one by one.
         Scores then depend on the order of the images in a call, and on the images
@@ -209,6 +220,9 @@ class MNAD(NetworkDetector):
     psnr_range_, distance_range_ : tuple of float
         Smallest and largest peak signal-to-noise ratio in decibels, and distance from
         the items, of the training images. Scores are relative to them.
+    mean_map_ : numpy.ndarray of shape (H, W)
+        Mean map of the training images before it is smoothed; only with
+        ``reference="training"``.
     loss_curve_ : list of float
         Mean training loss of every epoch.
     validation_curve_ : list of float
@@ -236,18 +250,24 @@ class MNAD(NetworkDetector):
 
     - The score is relative to the range of the training images, not of the video that
       is scored, so that an image has the same score in any company.
-      :func:`skanomaly.metrics.frame_roc_auc_score` normalises each video.
     - The encoder ends in a bare convolution, without the batch normalisation that the
       code builds and never calls (1,024 parameters at full width).
     - The weights of an update are relative to the largest among the features that are
       nearest to an item, as in the paper; the code takes the largest of all.
     - A distance is the Euclidean one in the score, as in the paper, and the mean of
       squares in the loss, as in the code.
-    - The memory of scoring begins anew with every call. The error that decides on an
+    - With ``update_at_test=True`` the memory of scoring begins anew with every call; in
+      the code it goes on through all test videos. The error that decides on an
       update is that of the mean over the colours.
     - The learning rate is that of the paper for prediction; for reconstruction it has
       2e-5.
     - Images are padded by replication to a multiple of 8 pixels.
+
+    The score of the paper is made for frames of videos. For defects take
+    ``image_score="max"``, ``smoothing_size=21`` and, where all parts are placed alike,
+    ``reference="training"``. For whole videos,
+    :func:`skanomaly.metrics.video_scores` mixes what :meth:`measure` returns as the
+    paper does.
 
     On a processor, images of 64 pixels, ``width=16``, ``batch_size=8`` and
     ``learning_rate=1e-3`` are a good start.
@@ -268,19 +288,25 @@ class MNAD(NetworkDetector):
     """
 
     _parameter_constraints = {
-        **NetworkDetector._parameter_constraints,
+        **MapScoredDetector._parameter_constraints,
         "task": [StrOptions(set(DEFAULTS))],
         "n_items": [Interval(Integral, 2, None, closed="left")],
         "width": [Interval(Integral, 1, None, closed="left")],
         "compactness_weight": [Interval(Real, 0, None, closed="left"), None],
         "separateness_weight": [Interval(Real, 0, None, closed="left"), None],
         "score_weight": [Interval(Real, 0, 1, closed="both"), None],
+        "image_score": [StrOptions({"mixture", "max"})],
         "update_at_test": ["boolean"],
         "update_threshold": [Interval(Real, 0, None, closed="left"), None],
         "clip_length": [Interval(Integral, 2, None, closed="left")],
     }
 
-    _judged_by = ("score_weight", "update_at_test", "update_threshold")
+    _judged_by = (
+        *MapScoredDetector._judged_by,
+        "score_weight",
+        "update_at_test",
+        "update_threshold",
+    )
 
     def __init__(
         self,
@@ -291,6 +317,9 @@ class MNAD(NetworkDetector):
         compactness_weight=None,
         separateness_weight=None,
         score_weight=None,
+        image_score="mixture",
+        smoothing_size=1,
+        reference="none",
         update_at_test=False,
         update_threshold=None,
         clip_length=5,
@@ -315,6 +344,9 @@ class MNAD(NetworkDetector):
         self.compactness_weight = compactness_weight
         self.separateness_weight = separateness_weight
         self.score_weight = score_weight
+        self.image_score = image_score
+        self.smoothing_size = smoothing_size
+        self.reference = reference
         self.update_at_test = update_at_test
         self.update_threshold = update_threshold
         self.clip_length = clip_length
@@ -359,6 +391,30 @@ class MNAD(NetworkDetector):
         psnr, distance = torch.cat(found).cpu().numpy().T
         self.psnr_range_ = float(psnr.min()), float(psnr.max())
         self.distance_range_ = float(distance.min()), float(distance.max())
+        super()._survey(images)
+
+    def measure(self, X: ArrayLike) -> Bunch:
+        """Return the two measures that the score is a mixture of.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W, C), (n, H, W) or (n, H * W * C), or clips
+            Images, or clips of the shape seen in fit.
+
+        Returns
+        -------
+        sklearn.utils.Bunch
+            ``psnr`` of shape (n,), the peak signal-to-noise ratio of the result in
+            decibels, and ``distance`` of shape (n,), the mean distance of the features
+            from the nearest items of the memory of the fit.
+        """
+        fitted, images = self._prepare(X)
+        found = [
+            (psnr.cpu(), distance.cpu())
+            for _, (_, psnr, distance, _) in fitted._in_batches(images, fitted._examine)
+        ]
+        psnr, distance = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+        return Bunch(psnr=psnr, distance=distance)
 
     def _seen_and_wanted(self, images):
         """Return what the network sees and what it should return, within [-1, 1]."""
@@ -400,7 +456,7 @@ class MNAD(NetworkDetector):
         distance = (queries - memory[nearest]).norm(dim=2).mean(dim=1)
         return squares, psnr, distance, queries
 
-    def _judge(self, images, *, maps_wanted, generator):
+    def _raw(self, images, generator):
         squares, psnr, distance, _ = self._examine(images)
         return self._degrees(psnr, distance), squares
 
@@ -423,7 +479,8 @@ class MNAD(NetworkDetector):
                 error = (weights * squares).sum() / weights.sum().clamp(min=1e-12)
                 if error < self._default(self.update_threshold, 2):
                     memory = updated_memory(memory, queries.flatten(0, 1))
-            return tuple(map(torch.cat, zip(*found, strict=True)))
+            raw = map(torch.cat, zip(*found, strict=True))
+            return self._rated(*raw, maps_wanted=maps_wanted)
 
         return judge
 

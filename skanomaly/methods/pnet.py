@@ -19,6 +19,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from .._fitting.loop import Samples
+from .._map_scores import MapScoredDetector
 from .._tensors.networks import (
     PatchCritic,
     adversarial_loss,
@@ -27,7 +28,6 @@ from .._tensors.networks import (
     pad_to_multiple,
 )
 from .._typing import Self, fit_context
-from ..base import NetworkDetector
 from ..images import LoadImages, ResizeImages, image_files
 
 EDGE_IMAGES = 200
@@ -109,7 +109,7 @@ class Reconstructor(nn.Module):
         return self.head(features).sigmoid()[..., :height, :width]
 
 
-class PNet(NetworkDetector):
+class PNet(MapScoredDetector):
     """P-Net: rebuild an image from its structure and compare image and structure.
 
     A first network learns to extract structure, from images of a source with known
@@ -139,6 +139,15 @@ class PNet(NetworkDetector):
     score_weight : float, default=0.5
         Share of the difference of the structures in maps and scores; the difference of
         the images has the rest.
+    image_score : {"mean", "max"}, default="mean"
+        What the score of an image is: "mean" is the mean of the map, as in the paper;
+        "max" is the maximum of the map, which finds small defects.
+    smoothing_size : int, default=1
+        Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
+        It scales with the size of the images; 1 leaves them as they are.
+    reference : {"none", "training"}, default="none"
+        What is subtracted from the maps: nothing, or the mean map of the training
+        images.
     width : int, default=64
         Number of channels of the first layers; deeper ones have up to eight times as
         many.
@@ -183,6 +192,9 @@ class PNet(NetworkDetector):
     ----------
     network_ : torch.nn.ModuleDict
         The trained networks.
+    mean_map_ : numpy.ndarray of shape (H, W)
+        Mean map of the training images before it is smoothed; only with
+        ``reference="training"``.
     structure_loss_curve_ : list of float
         Mean training loss of every epoch of the structure extractor.
     loss_curve_ : list of float
@@ -225,6 +237,8 @@ class PNet(NetworkDetector):
     - The learning rate falls as in the code for MVTec AD. That for retinas lets it
       fall after 5, 10, 20 and 30 % of the epochs, which stops short trainings early.
     - The critic judges again after its own step.
+    - The extractor runs in evaluation mode once it is trained, and both networks do
+      when images are scored; the code leaves them in training mode.
     - Images are padded by replication to a multiple of 16 pixels.
 
     With ``warm_start=True`` a second fit continues the reconstruction; a structure
@@ -232,6 +246,8 @@ class PNet(NetworkDetector):
 
     Differences of images and of structures enter maps and scores as they are, not
     standardised, and the rebuilt image ends in a sigmoid.
+
+    For small defects take ``image_score="max"`` and ``smoothing_size=21``.
 
     On a processor, images of 64 pixels, ``width=12``, ``critic_width=16``,
     ``structure_epochs=15`` and ``max_epochs=60`` are a good start.
@@ -253,7 +269,7 @@ class PNet(NetworkDetector):
     """
 
     _parameter_constraints = {
-        **NetworkDetector._parameter_constraints,
+        **MapScoredDetector._parameter_constraints,
         "structure": [StrOptions({"edges", "ridges"})],
         "structure_source": [tuple, list, None],
         "structure_epochs": [Interval(Integral, 1, None, closed="left")],
@@ -261,11 +277,12 @@ class PNet(NetworkDetector):
         "adversarial_weight": [Interval(Real, 0, None, closed="left")],
         "structure_weight": [Interval(Real, 0, None, closed="left")],
         "score_weight": [Interval(Real, 0, 1, closed="both")],
+        "image_score": [StrOptions({"mean", "max"})],
         "width": [Interval(Integral, 2, None, closed="left")],
         "critic_width": [Interval(Integral, 1, None, closed="left")],
     }
 
-    _judged_by = ("score_weight",)
+    _judged_by = (*MapScoredDetector._judged_by, "score_weight")
 
     def __init__(
         self,
@@ -277,6 +294,9 @@ class PNet(NetworkDetector):
         adversarial_weight=0.1,
         structure_weight=0.5,
         score_weight=0.5,
+        image_score="mean",
+        smoothing_size=1,
+        reference="none",
         width=64,
         critic_width=64,
         image_shape=None,
@@ -301,6 +321,9 @@ class PNet(NetworkDetector):
         self.adversarial_weight = adversarial_weight
         self.structure_weight = structure_weight
         self.score_weight = score_weight
+        self.image_score = image_score
+        self.smoothing_size = smoothing_size
+        self.reference = reference
         self.width = width
         self.critic_width = critic_width
         self.image_shape = image_shape
@@ -329,7 +352,7 @@ class PNet(NetworkDetector):
             }
         )
 
-    _kept_names = (*NetworkDetector._kept_names, "_knows_structure")
+    _kept_names = (*MapScoredDetector._kept_names, "_knows_structure")
 
     def _optimizer(self, part):
         rate = self.learning_rate / (10 if isinstance(part, PatchCritic) else 1)
@@ -394,6 +417,7 @@ class PNet(NetworkDetector):
             if not knows_structure:
                 self._optimizers.clear()  # of the part that is not trained any more
             self._learn_texture(images, progress)
+        self._survey(images)
         return self._evaluate(images, maps_wanted=True)
 
     def _learn_structure(self, images, source, progress):
@@ -505,11 +529,11 @@ class PNet(NetworkDetector):
         drawn = torch.randint(len(images), (n,), generator=batch.generator)
         images, masks = images[drawn], masks[drawn]
         found = network["extractor"](batch.images).float().sigmoid()
+        logits = network["extractor"](images).float()
         critic = network["structure_critic"]
 
-        yield critic, critic_loss(critic, masks, found.detach())
+        yield critic, critic_loss(critic, logits.sigmoid().detach(), found.detach())
 
-        logits = network["extractor"](images).float()
         yield (
             network["extractor"],
             F.binary_cross_entropy_with_logits(logits, masks)
@@ -556,7 +580,7 @@ class PNet(NetworkDetector):
             + self.structure_weight * F.l1_loss(self._structure(rebuilt), structure),
         )
 
-    def _judge(self, images, *, maps_wanted, generator):
+    def _raw(self, images, generator):
         structure = self._structure(images)
         rebuilt = self.network_["reconstructor"](structure, images).float()
         by_image = (images - rebuilt).abs().mean(dim=1)

@@ -13,7 +13,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from .._fitting.persistence import shared_tensor
-from .._tensors.filters import mean_filter, scaled_size
+from .._map_scores import MapScoredDetector
 from .._tensors.masking import stripe_masks
 from .._tensors.networks import (
     PatchCritic,
@@ -22,7 +22,6 @@ from .._tensors.networks import (
     instance_norm,
     pad_to_multiple,
 )
-from ..base import NetworkDetector
 
 HIDDEN_WEIGHT = 4.0
 SMALLEST_SIDE = 32
@@ -77,7 +76,7 @@ class StripeGenerator(nn.Module):
         return (painted.tanh() + 1)[..., :height, :width] / 2
 
 
-class SCADN(NetworkDetector):
+class SCADN(MapScoredDetector):
     """SCADN: hide stripes of an image and let a generator repaint them.
 
     A generator learns on normal images to repaint vertical and horizontal stripes of
@@ -99,10 +98,14 @@ class SCADN(NetworkDetector):
     adversarial_weight : float, default=0.001
         Weight of the adversarial loss of the generator.
     image_score : {"mean", "max"}, default="mean"
-        What of the map is the score of the image.
+        What the score of an image is: "mean" is the mean of the map, as in the paper;
+        "max" is the maximum of the map, which finds small defects.
     smoothing_size : int, default=1
         Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
         It scales with the size of the images; 1 leaves them as they are.
+    reference : {"none", "training"}, default="none"
+        What is subtracted from the maps: nothing, or the mean map of the training
+        images.
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.
@@ -143,6 +146,9 @@ class SCADN(NetworkDetector):
         The trained generator and critic.
     stripe_errors_ : numpy.ndarray of shape (n_stripes,)
         Mean error of the training images for each member of ``stripes``.
+    mean_map_ : numpy.ndarray of shape (H, W)
+        Mean map of the training images before it is smoothed; only with
+        ``reference="training"``.
     loss_curve_ : list of float
         Mean training loss of every epoch.
     validation_curve_ : list of float
@@ -183,8 +189,8 @@ class SCADN(NetworkDetector):
 
     On a processor, images of 64 pixels, ``width=16``, ``n_blocks=4``,
     ``critic_width=16``, ``learning_rate=5e-4`` and ``max_epochs=50`` are a good start
-    for some fifty images. The maximum of a smoothed map (``image_score="max"``,
-    ``smoothing_size=21``) finds small defects better than the mean.
+    for some fifty images. For small defects take ``image_score="max"`` and
+    ``smoothing_size=21``.
 
     References
     ----------
@@ -202,17 +208,14 @@ class SCADN(NetworkDetector):
     """
 
     _parameter_constraints = {
-        **NetworkDetector._parameter_constraints,
+        **MapScoredDetector._parameter_constraints,
         "stripes": [tuple, list],
         "width": [Interval(Integral, 1, None, closed="left")],
         "n_blocks": [Interval(Integral, 1, None, closed="left")],
         "critic_width": [Interval(Integral, 1, None, closed="left")],
         "adversarial_weight": [Interval(Real, 0, None, closed="left")],
         "image_score": [StrOptions({"mean", "max"})],
-        "smoothing_size": [Interval(Integral, 1, None, closed="left")],
     }
-
-    _judged_by = ("image_score", "smoothing_size")
 
     def __init__(
         self,
@@ -224,6 +227,7 @@ class SCADN(NetworkDetector):
         adversarial_weight=0.001,
         image_score="mean",
         smoothing_size=1,
+        reference="none",
         image_shape=None,
         max_epochs=200,
         learning_rate=1e-4,
@@ -246,6 +250,7 @@ class SCADN(NetworkDetector):
         self.adversarial_weight = adversarial_weight
         self.image_score = image_score
         self.smoothing_size = smoothing_size
+        self.reference = reference
         self.image_shape = image_shape
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
@@ -289,6 +294,7 @@ class SCADN(NetworkDetector):
         for _, errors in self._in_batches(images, self._errors):
             total = total + errors.mean(dim=(2, 3)).sum(dim=0)  # (n_stripes,)
         self.stripe_errors_ = (total / len(images)).cpu().numpy()
+        super()._survey(images)
 
     def _masks(self, images):
         """Return the masks of every number of stripes: (n_stripes, 4, 1, h, w)."""
@@ -329,12 +335,9 @@ class SCADN(NetworkDetector):
             errors.append(hidden.unflatten(0, (4, -1)).amax(dim=0))
         return torch.stack(errors, dim=1)
 
-    def _judge(self, images, *, maps_wanted, generator):
+    def _raw(self, images, generator):
         errors = self._errors(images, generator)
         usual = shared_tensor(self.stripe_errors_).to(errors.device)
         chosen = (errors.mean(dim=(2, 3)) - usual).argmax(dim=1)  # (b,)
         maps = errors[torch.arange(len(errors)), chosen]
-        size = scaled_size(self.smoothing_size, maps)
-        maps = mean_filter(maps, size, padding="none")
-        by_mean = self.image_score == "mean"
-        return maps.mean(dim=(1, 2)) if by_mean else maps.amax(dim=(1, 2)), maps
+        return maps.mean(dim=(1, 2)), maps

@@ -15,11 +15,10 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from .._fitting.loop import Samples
-from .._tensors.filters import mean_filter, scaled_size
+from .._map_scores import MapScoredDetector
 from .._tensors.losses import ssim_loss
 from .._tensors.masking import superpixels
 from .._tensors.networks import InpaintingUNet
-from ..base import NetworkDetector
 
 SUPERPIXELS_AT_ONCE = 32
 
@@ -42,7 +41,7 @@ class SMAINetwork(nn.Module):
         return torch.where(masks == 1, painted, images)
 
 
-class SMAI(NetworkDetector):
+class SMAI(MapScoredDetector):
     """SMAI: hide one superpixel after the other and repaint it.
 
     A network learns on normal images to repaint hidden superpixels from the visible
@@ -64,9 +63,15 @@ class SMAI(NetworkDetector):
     width : int, default=64
         Number of channels of the first layer; deeper layers have up to eight times as
         many.
+    image_score : {"superpixel", "max"}, default="superpixel"
+        What the score of an image is: "superpixel" is the largest mean error of a
+        superpixel; "max" is the maximum of the map, which finds small defects.
     smoothing_size : int, default=21
         Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
-        It scales with the size of the images.
+        It scales with the size of the images; 1 leaves them as they are.
+    reference : {"none", "training"}, default="none"
+        What is subtracted from the maps: nothing, or the mean map of the training
+        images.
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.
@@ -106,6 +111,9 @@ class SMAI(NetworkDetector):
     ----------
     network_ : torch.nn.Module
         The trained network.
+    mean_map_ : numpy.ndarray of shape (H, W)
+        Mean map of the training images before it is smoothed; only with
+        ``reference="training"``.
     loss_curve_ : list of float
         Mean training loss of every epoch.
     validation_curve_ : list of float
@@ -135,8 +143,11 @@ class SMAI(NetworkDetector):
     our design: SLIC superpixels, a U-Net that is told the mask, group normalisation
     (training hides many superpixels and prediction one, so that statistics of batches
     would not match), all numbers, and the scores. The score of an image is the largest
-    mean squared error of a superpixel, before the maps are smoothed. Masks are not
-    dilated, and images are not smoothed before SLIC.
+    mean squared error of a superpixel, before the maps are smoothed. The smallest
+    superpixels, of a dozen pixels, are so the ones that decide: for small defects take
+    ``image_score="max"`` and, where all parts are placed alike,
+    ``reference="training"``. Masks are not dilated, and images are not smoothed before
+    SLIC.
 
     Images are padded by replication to a multiple of 16 pixels.
 
@@ -160,16 +171,16 @@ class SMAI(NetworkDetector):
     """
 
     _parameter_constraints = {
-        **NetworkDetector._parameter_constraints,
+        **MapScoredDetector._parameter_constraints,
         "n_segments": [Interval(Integral, 2, 2**16, closed="left")],
         "compactness": [Interval(Real, 0, None, closed="neither")],
         "hidden_fraction": [tuple, list],
         "loss": [StrOptions({"both", "l2", "ssim"})],
         "width": [Interval(Integral, 1, None, closed="left")],
-        "smoothing_size": [Interval(Integral, 1, None, closed="left")],
+        "image_score": [StrOptions({"superpixel", "max"})],
     }
 
-    _judged_by = ("n_segments", "compactness", "smoothing_size")
+    _judged_by = (*MapScoredDetector._judged_by, "n_segments", "compactness")
 
     def __init__(
         self,
@@ -179,7 +190,9 @@ class SMAI(NetworkDetector):
         hidden_fraction=(0.02, 0.3),
         loss="both",
         width=64,
+        image_score="superpixel",
         smoothing_size=21,
+        reference="none",
         image_shape=None,
         max_epochs=300,
         learning_rate=1e-4,
@@ -200,7 +213,9 @@ class SMAI(NetworkDetector):
         self.hidden_fraction = hidden_fraction
         self.loss = loss
         self.width = width
+        self.image_score = image_score
         self.smoothing_size = smoothing_size
+        self.reference = reference
         self.image_shape = image_shape
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
@@ -237,10 +252,12 @@ class SMAI(NetworkDetector):
         segments = torch.cat([s for _, s in self._in_batches(images, self._segments)])
         samples = Samples(images, notes=segments.int(), device=images.device)
         self._train(samples, progress)
+        self._survey(images)
         known = iter(segments.split(int(self.batch_size)))
 
-        def judge(batch, **wanted):
-            return self._judge(batch, segments=next(known), **wanted)
+        def judge(batch, *, maps_wanted, generator):
+            raw = self._raw(batch, generator, segments=next(known))
+            return self._rated(*raw, maps_wanted=maps_wanted)
 
         return self._evaluate(images, maps_wanted=True, judge=judge)
 
@@ -292,16 +309,12 @@ class SMAI(NetworkDetector):
             errors.index_add_(0, owner, squares)
         return errors
 
-    def _judge(self, images, *, maps_wanted, generator, segments=None):
+    def _raw(self, images, generator, segments=None):
         if segments is None:
             segments = self._segments(images)
         labels = segments.to(images.device).long()
         errors = self._errors(images, labels)
-        degrees = _largest_mean(errors.flatten(1), labels.flatten(1))
-        if not maps_wanted:
-            return degrees, None
-        size = scaled_size(self.smoothing_size, errors)
-        return degrees, mean_filter(errors, size, padding="none")
+        return _largest_mean(errors.flatten(1), labels.flatten(1)), errors
 
     def _why_not_exported(self):
         return "its superpixels differ in number from image to image"
