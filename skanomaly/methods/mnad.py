@@ -19,7 +19,7 @@ from torch import nn
 
 from .._map_scores import MapScoredDetector
 from .._tensors.filters import full_precision
-from .._tensors.networks import pad_to_multiple
+from .._tensors.networks import Convolution3x3, pad_to_multiple
 
 MARGIN = 1.0
 # weights of the two losses of the items, weight of the PSNR in the score, and threshold
@@ -32,7 +32,7 @@ def _units(*sides):
     layers = []
     for wide, narrow in itertools.pairwise(sides):
         layers += [
-            nn.Conv2d(wide, narrow, 3, padding=1),
+            Convolution3x3(wide, narrow),
             nn.BatchNorm2d(narrow),
             nn.ReLU(inplace=True),
         ]
