@@ -106,8 +106,27 @@ class Naive(BaseDetector):
         return maps.amax(dim=(1, 2)), maps
 
 
+class Linear(Naive):
+    """Error of a reconstruction by 32 principal components of the pixels, smoothed."""
+
+    def _fit(self, images, labels):
+        self._begin_anew()
+        pca = PCA(32, random_state=self._seed).fit(images[:].flatten(1).numpy())
+        self.mean_ = torch.from_numpy(pca.mean_)
+        self.components_ = torch.from_numpy(pca.components_)
+        return degrees_and_peaks(self._evaluate(images, maps_wanted=True))
+
+    def _judge(self, images, *, maps_wanted, generator):
+        pixels = images.flatten(1) - self.mean_
+        errors = pixels - pixels @ self.components_.T @ self.components_
+        maps = errors.view(images.shape).square().sum(dim=1)
+        maps = gaussian_blur(maps, 4 * min(maps.shape[1:]) / 224)
+        return maps.amax(dim=(1, 2)), maps
+
+
 METHODS = {
     "naive": Naive,
+    "linear": Linear,
     "autoencoder": Autoencoder,
     "differnet": DifferNet,
     "draem": DRAEM,

@@ -101,6 +101,8 @@ METHODS = {
     },
     "DeScarGAN": {"width": 12, "critic_width": 12, "image_score": "map", **BRIEF},
 }
+# what says nothing of the size of a network
+AS_GIVEN = {*BRIEF, "structure_epochs", "weights"}
 UNTRAINED = "SPADE", "PatchDetector", "PatchCore", "PaDiM"
 GROWING = {
     "SPADE": {**METHODS["SPADE"], "gallery_size": 10},
@@ -124,7 +126,16 @@ def main():
     parser.add_argument("--table", nargs="+", choices=TABLES, default=TABLES[:-1])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[128])
-    parser.add_argument("--precisions", nargs="+", default=["float32"])
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("float32", "tf32", "bfloat16"),
+        default=["float32"],
+        help="tf32 is float32 with TensorFloat32 allowed on a GPU",
+    )
+    parser.add_argument(
+        "--paper", action="store_true", help="networks of the default, the papers' size"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument(
@@ -213,6 +224,12 @@ def seconds_of(function, device):
 
 def in_turn(functions, seconds, device=CPU, prepare=lambda: None):
     """Time functions, interleaved; return the quartiles of each."""
+    times = times_in_turn(functions, seconds, device, prepare)
+    return [np.quantile(own, (0.25, 0.5, 0.75)) for own in times]
+
+
+def times_in_turn(functions, seconds, device=CPU, prepare=lambda: None):
+    """Time functions, interleaved; return the seconds of each, round by round."""
     for function in functions:
         function()
     times = [[] for _ in functions]
@@ -221,7 +238,7 @@ def in_turn(functions, seconds, device=CPU, prepare=lambda: None):
         for function, own in zip(functions, times, strict=True):
             prepare()
             own.append(seconds_of(function, device))
-    return [np.quantile(own, (0.25, 0.5, 0.75)) for own in times]
+    return times
 
 
 def peak_mib():
@@ -503,12 +520,17 @@ def measure_methods(task, options):
     """Measure a training step and scores of one method at one size."""
     name, size, precision = task
     prepare(options)
+    allowed = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
     start = peak_mib()
+    settings = METHODS[name]
+    if options.paper:
+        settings = {key: value for key, value in settings.items() if key in AS_GIVEN}
     detector = getattr(skanomaly, name)(
-        precision=precision,
+        precision="float32" if allowed else precision,
         device=options.device,
         random_state=0,
-        **METHODS[name],
+        **settings,
     )
     X = smooth_images(32, size)
     y = np.array([1, -1] * 16) if name == "DeScarGAN" else None

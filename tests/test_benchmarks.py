@@ -1,4 +1,4 @@
-"""Tests of what benchmarks/speed.py calls the floor."""
+"""Tests of what the benchmarks compare with."""
 
 import argparse
 import importlib.util
@@ -7,12 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "speed.py"
+from skanomaly._tensors import losses
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def speed():
-    spec = importlib.util.spec_from_file_location("speed", PATH)
+    return loaded("speed")
+
+
+@pytest.fixture(scope="module")
+def duel():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield loaded("duel")
+
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -20,7 +33,7 @@ def speed():
 
 @pytest.fixture
 def options():
-    return argparse.Namespace(threads=None, device="cpu", seconds=0)
+    return argparse.Namespace(threads=None, device="cpu", seconds=0, paper=False)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -91,3 +104,16 @@ def test_a_row_holds_ratios_to_the_floor_and_to_the_networks(speed, options, met
         assert row["step / floor"] == ""
     else:
         assert row["step / networks"] == row["step / floor"] > 0
+
+
+def test_the_plain_losses_of_the_duel_are_ours(duel):
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 2, 3, 32, 32)
+    torch.testing.assert_close(duel.plain_ssim(x, y), losses.ssim_map(x, y).mean())
+    levels = [1 - level.mean() for level in duel.plain_similarities(x, y)]
+    torch.testing.assert_close(sum(levels) / 4, losses.msgms_loss(x, y))
+    logits, targets = torch.randn(2, 2, 8, 8), torch.randint(2, (2, 8, 8))
+    found = duel.plain_focal(logits, targets)
+    # the code adds 1e-5 to the probabilities
+    expected = losses.focal_loss(logits, targets).item()
+    assert found.item() == pytest.approx(expected, rel=1e-3)

@@ -90,8 +90,8 @@ def as_fitted(estimator):
     built_from = estimator._built_from
     changed = [
         name
-        for name in built_from
-        if is_other(getattr(estimator, name), built_from[name])
+        for name, known in built_from.items()
+        if (value := getattr(estimator, name)) is not known and is_other(value, known)
     ]
     if not changed:
         return estimator

@@ -232,9 +232,10 @@ def augment_textures(textures, *, generator):
 
     Notes
     -----
-    The operations are those of DRAEM's code: gamma contrast by channel, brightness,
-    sharpness, hue and saturation, solarisation, posterisation, inversion, automatic
-    contrast, equalisation and rotation. Saturation is scaled, not shifted.
+    The operations are those of DRAEM's code with its ranges: gamma contrast by channel,
+    brightness, sharpness, hue and saturation, solarisation, posterisation, inversion,
+    automatic contrast, equalisation and rotation. Brightness is the luma throughout,
+    where the code draws among several colour spaces; saturation is scaled, not shifted.
     """
     from torchvision.transforms.v2 import functional as tv
 
@@ -246,15 +247,15 @@ def augment_textures(textures, *, generator):
 
     operations = [
         lambda t: t ** draws(0.5, 2.0, *t.shape[:2], 1, 1).to(t.device),
-        lambda t: draw(0.8, 1.2) * t + draw(-30, 30) / 255,
-        lambda t: tv.adjust_sharpness(t, draw(0, 3)),
+        lambda t: t + draw(-0.2, 0.2) * tv.rgb_to_grayscale(t) + draw(-30, 30) / 255,
+        lambda t: tv.adjust_sharpness(t, draw(0, 2)),
         lambda t: tv.adjust_saturation(
             tv.adjust_hue(t, draw(-50, 50) / 255), draw(0.8, 1.2)
         ),
         lambda t: tv.solarize(t, draw(32, 128) / 255) if draw(0, 1) < 0.5 else t,
-        lambda t: tv.posterize(t, int(draw(1, 8))),
+        lambda t: tv.posterize(t, int(draw(1, 9))),
         lambda t: 1 - t,
-        tv.autocontrast,
+        lambda t: _stretched(t, draw(0, 0.2)),
         tv.equalize,
         lambda t: rotate(t, draws(-45, 45, 1).expand(len(t))),
     ]
@@ -268,6 +269,13 @@ def augment_textures(textures, *, generator):
             texture = operations[choice](texture).clamp(0, 1)
         augmented[index] = texture.view_as(augmented[index])
     return augmented
+
+
+def _stretched(images, share):
+    """Stretch each channel to [0, 1], without the share of pixels at either end."""
+    ends = images.new_tensor([share, 1 - share])
+    low, high = images.flatten(2).quantile(ends, dim=2)[..., None, None]
+    return torch.where(high > low, (images - low) / (high - low), images)
 
 
 def blend(images, textures, masks, opacity):

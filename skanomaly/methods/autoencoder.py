@@ -282,7 +282,9 @@ class Autoencoder(_ReconstructionDetector):
     Public ports train on 10,000 random crops of the images, which are also rotated and
     flipped. Here an epoch takes one crop of each image, and there is no augmentation.
     The paper defines no score of an image; here it is the maximum of the smoothed map.
-    The structural similarity mirrors the image at its border. There is no early stop
+    The structural similarity weighs windows of 11 pixels by a Gaussian of 1.5, as the
+    libraries do that public code uses; the paper names the side of the window only. It
+    mirrors the image at its border. There is no early stop
     unless ``n_iter_no_change`` asks for it; public code has 20 or 12 epochs.
 
     On a processor, images of 64 pixels, ``code_size=32``, ``batch_size=16`` and

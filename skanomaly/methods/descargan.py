@@ -267,6 +267,9 @@ class DeScarGAN(NetworkDetector):
     - The generator's first step comes with the critic's first.
     - Maps are differences of grey levels as they are; the code scales both images to
       the same range first.
+    - ``noise`` is that of values in [-1, 1], to which images are brought. The weights
+      of the critics' losses that are no parameters, 20 for the adversarial one and 5
+      and 1 for the classification of real and of generated images, are the code's.
     - Images are flipped from left to right only; the code flips them upside down, too,
       although bodies have an up.
     - Thresholds come from the healthy training images.

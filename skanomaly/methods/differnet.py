@@ -266,8 +266,9 @@ class DifferNet(NetworkDetector):
       test set.
     - The flow has no batch normalisation; the code builds one that it never calls.
     - The clamp's constant is 2 / pi, which the code rounds to 0.636.
-    - Maps average absolute gradients over rotations and channels, without the code's
-      squares. They are those of pixels in [0, 1], before the backbone's scaling.
+    - Maps are rotated back by bilinear interpolation. They average absolute gradients
+      over rotations and channels, without the code's squares, and are those of pixels
+      in [0, 1], before the backbone's scaling.
 
     Images are not resized. With AlexNet and three scales their shorter side must
     measure 252 pixels or more; the paper has 448.

@@ -230,6 +230,10 @@ class InTra(NetworkDetector):
       ``n_iter_no_change=950`` 50 of them.
     - The window of the structural similarity is odd, no larger than a patch, and 11
       pixels at most.
+    - Position vectors and the vector of the hidden patch begin with normal numbers of
+      standard deviation 0.02, which no source gives.
+    - Beyond the border gradients repeat the last pixel, and the mean filter of the maps
+      averages over fewer pixels.
     - There is no augmentation and no dropout. Plain attention is not offered.
     - Images are padded by replication to a multiple of ``patch_size``.
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from .._map_scores import MapScoredDetector
 from .._tensors.filters import full_precision
-from .._tensors.networks import pad_to_multiple
+from .._tensors.networks import Convolution3x3, pad_to_multiple
 
 MARGIN = 1.0
 # weights of the two losses of the items, weight of the PSNR in the score, and threshold
@@ -32,7 +32,7 @@ def _units(*sides):
     layers = []
     for wide, narrow in itertools.pairwise(sides):
         layers += [
-            nn.Conv2d(wide, narrow, 3, padding=1),
+            Convolution3x3(wide, narrow),
             nn.BatchNorm2d(narrow),
             nn.ReLU(inplace=True),
         ]
@@ -256,7 +256,8 @@ class MNAD(MapScoredDetector):
       nearest to an item, as in the paper; the code takes the largest of all.
     - A distance is the Euclidean one in the score, as in the paper, and the mean of
       squares in the loss, as in the code.
-    - The memory of scoring begins anew with every call. The error that decides on an
+    - With ``update_at_test=True`` the memory of scoring begins anew with every call; in
+      the code it goes on through all test videos. The error that decides on an
       update is that of the mean over the colours.
     - The learning rate is that of the paper for prediction; for reconstruction it has
       2e-5.

@@ -237,6 +237,8 @@ class PNet(MapScoredDetector):
     - The learning rate falls as in the code for MVTec AD. That for retinas lets it
       fall after 5, 10, 20 and 30 % of the epochs, which stops short trainings early.
     - The critic judges again after its own step.
+    - The extractor runs in evaluation mode once it is trained, and both networks do
+      when images are scored; the code leaves them in training mode.
     - Images are padded by replication to a multiple of 16 pixels.
 
     With ``warm_start=True`` a second fit continues the reconstruction; a structure
@@ -527,11 +529,11 @@ class PNet(MapScoredDetector):
         drawn = torch.randint(len(images), (n,), generator=batch.generator)
         images, masks = images[drawn], masks[drawn]
         found = network["extractor"](batch.images).float().sigmoid()
+        logits = network["extractor"](images).float()
         critic = network["structure_critic"]
 
-        yield critic, critic_loss(critic, masks, found.detach())
+        yield critic, critic_loss(critic, logits.sigmoid().detach(), found.detach())
 
-        logits = network["extractor"](images).float()
         yield (
             network["extractor"],
             F.binary_cross_entropy_with_logits(logits, masks)

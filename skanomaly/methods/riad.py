@@ -128,9 +128,10 @@ class RIAD(NetworkDetector):
       averages over fewer pixels.
     - Images are padded by replication to a multiple of 16 pixels.
 
-    The same masks are drawn for every image and every call after one fit. The loss of
-    an early stop is that of one cell size a batch, always the same. Maps are averaged
-    with a box; a port's Gaussian is not offered.
+    The same masks are drawn for every image and every call after one fit. The masked
+    copies of an image pass the network as one batch, whose statistics they share. The
+    loss of an early stop is the mean over all cell sizes. Maps are averaged with a box;
+    a port's Gaussian is not offered.
 
     On a processor, images of 64 pixels, ``width=16``, ``cell_sizes=(2, 4, 8)``,
     ``learning_rate=1e-3``, ``max_epochs=50`` and ``n_iter_no_change=None`` are a good
@@ -227,15 +228,15 @@ class RIAD(NetworkDetector):
 
     def _losses(self, network, batch):
         images, generator = batch.images, batch.generator
-        drawn = int(torch.randint(len(self.cell_sizes), (), generator=generator))
-        masks = self._masks(images, self.cell_sizes[drawn], generator)
-        painted = network(images, masks)
-        yield (
-            network,
-            F.mse_loss(2 * painted, 2 * images)
-            + msgms_loss(painted, images)
-            + ssim_loss(painted, images),
-        )
+        sizes = self.cell_sizes
+        if network.training:  # else for an early stop, which is to miss none
+            sizes = [sizes[int(torch.randint(len(sizes), (), generator=generator))]]
+        loss = 0.0
+        for size in sizes:
+            painted = network(images, self._masks(images, size, generator))
+            loss = loss + F.mse_loss(2 * painted, 2 * images)
+            loss = loss + msgms_loss(painted, images) + ssim_loss(painted, images)
+        yield network, loss / len(sizes)
 
     def _judge(self, images, *, maps_wanted, generator):
         similarities = []

@@ -110,7 +110,8 @@ class SPADE(FeatureDetector):
 
     Notes
     -----
-    Where paper and public code disagree, and departures:
+    Where paper and public code disagree, and departures. The authors' own code is not
+    public; "the code" is that of ports which report figures:
 
     - Distances are not squared, as in the code; with one pixel neighbour this orders
       the features of a layer in the same way.

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from skanomaly._tensors.networks import (
+    Convolution3x3,
     ConvUnit,
     conv_block,
     instance_norm,
@@ -61,3 +62,27 @@ def test_instance_norm_is_that_of_torch(affine, layout):
     expected = torch.nn.InstanceNorm2d(5)(features)
     found = instance_norm(5, affine=affine)(features)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_by_planes_are_those_of_a_convolution(layout, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    torch.manual_seed(0)
+    convolution = Convolution3x3(24, 40).to(memory_format=layout)
+    images = torch.rand(2, 24, 5, 128).contiguous(memory_format=layout)
+    images.requires_grad_()
+    gradient = torch.randn(2, 40, 5, 128)
+    wanted = [images, convolution.weight, convolution.bias]
+
+    def gradients(result):
+        return torch.autograd.grad(result, wanted, gradient)
+
+    by_planes = convolution(images)
+    assert "ByPlanes" in type(by_planes.grad_fn).__name__
+    plain = F.conv2d(images, convolution.weight, convolution.bias, padding=1)
+    assert torch.equal(by_planes, plain)
+    pairs = zip(gradients(by_planes), gradients(plain), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert "ByPlanes" not in type(convolution(images[..., :127]).grad_fn).__name__
+    assert "ByPlanes" not in type(convolution.eval()(images).grad_fn).__name__

@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from skanomaly._tensors import synthesis
 from skanomaly._tensors.synthesis import (
     augment_textures,
     blend,
@@ -179,6 +180,16 @@ def test_augmented_textures_differ_and_stay_in_range(channels, generator):
     assert augmented.max() <= 1
     change = (augmented - textures).abs().mean(dim=(1, 2, 3))
     assert (change > 0.02).float().mean() > 0.9
+
+
+def test_stretching_leaves_out_a_share_of_pixels_at_either_end():
+    image = torch.rand(1, 3, 20, 20)
+    image[:, 2] = 0.4
+    stretched = synthesis._stretched(image, 0.1)
+    for channel, wanted in zip(image[0, :2], stretched[0], strict=False):
+        low, high = np.quantile(channel, [0.1, 0.9])
+        np.testing.assert_allclose(wanted, (channel - low) / (high - low), atol=1e-5)
+    assert torch.equal(stretched[0, 2], image[0, 2])  # flat ones stay as they are
 
 
 def test_augmentation_depends_on_the_seed_alone(generator):

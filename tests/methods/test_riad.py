@@ -77,12 +77,15 @@ def test_hidden_pixels_do_not_change_what_is_painted(build):
     assert not torch.equal(network(other, masks), network(images, masks))
 
 
-def test_loss(build, make_batch):
+@pytest.mark.parametrize("training", [True, False])
+def test_loss(training, build, make_batch):
     model = build(cell_sizes=(4,))
+    model.network_.train(training)
     images = torch.rand(2, 3, 24, 20)
     ((part, loss),) = model._losses(model.network_, make_batch(images, seed=1))
     generator = torch.Generator().manual_seed(1)
-    torch.randint(1, (), generator=generator)
+    if training:
+        torch.randint(1, (), generator=generator)
     masks = masks_of_cells(4, generator)
     painted = model.network_(images, masks)
     expected = (
@@ -101,8 +104,9 @@ def test_optimiser_and_schedule(build):
     assert dict(model._scheduler(optimizer).milestones) == {250: 1}
 
 
-def test_one_cell_size_a_batch(build, make_batch):
+def test_one_cell_size_a_batch_but_all_to_stop_early(build, make_batch):
     model = build(cell_sizes=(1, 2, 4, 8))
+    model.network_.train()
     seen = []
     model._masks = lambda images, size, generator: (
         seen.append(size) or RIAD._masks(model, images, size, generator)
@@ -112,6 +116,12 @@ def test_one_cell_size_a_batch(build, make_batch):
         list(model._losses(model.network_, batch))
     assert len(seen) == 30
     assert set(seen) == {1, 2, 4, 8}
+    seen.clear()
+    model.network_.eval()
+    ((_, loss),) = model._losses(model.network_, batch)
+    assert seen == [1, 2, 4, 8]
+    ((_, again),) = model._losses(model.network_, batch)
+    assert loss != again  # the generator went on
 
 
 def test_maps_average_all_cell_sizes(random_images, small):
