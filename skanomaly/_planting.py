@@ -133,7 +133,8 @@ def _checked(X):
     if X.ndim not in (3, 4) or X.dtype.kind not in "uif" or len(X) == 0:
         raise ValueError(
             "X must hold images (n, H, W, C) or (n, H, W), integers or floating-point "
-            f"numbers; got an array of shape {X.shape} and type {X.dtype}."
+            f"numbers; got an array of shape {X.shape} and type {X.dtype}. "
+            "LoadImages(size=...).fit_transform(paths) reads files."
         )
     if min(X.shape[1:3]) < SMALLEST_SIDE or 0 in X.shape:
         raise ValueError(

@@ -310,7 +310,11 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         if self.target == "map":
             self._check_maps(final)
         if self._is_prefit and self.method != "loo":
-            check_is_fitted(self.estimator)
+            check_is_fitted(
+                self.estimator,
+                msg="This %(name)s is not fitted yet, but neither method='prefit' nor "
+                "a FrozenEstimator fits: fit it first, or take method='cv' without.",
+            )
             return
         for name, value in self.estimator.get_params().items():
             if self.method == "cv" and name.split("__")[-1] == "checkpoint" and value:

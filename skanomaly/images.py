@@ -459,7 +459,7 @@ def _has_notes_at_its_end(file):
 
 
 def _unreadable(path, cause):
-    return OSError(f"Cannot read the image {os.fspath(path)!r}: {cause}")
+    return OSError(f"Cannot read the image {str(path)!r}: {cause}")
 
 
 def _formats(path):

@@ -145,8 +145,9 @@ def _check(detector):
     name = type(detector).__name__
     if not isinstance(detector, BaseDetector):
         raise TypeError(
-            f"{name} is no detector of skanomaly. Of a pipeline, export the last step "
-            "and apply the other steps before it."
+            f"{name} is no detector of skanomaly. Of a pipeline, export the last step, "
+            "pipeline[-1] or calibrator.estimator_[-1], and apply the other steps "
+            "before it."
         )
     check_is_fitted(detector)
     if (reason := detector._why_not_exported()) is not None:

@@ -548,7 +548,7 @@ def test_a_frozen_detector_scores_all_images(method, brightest):
 
 def test_prefit_wants_a_fitted_detector(small):
     for estimator in (small(SPADE), make_pipeline(ResizeImages(size=24), small(SPADE))):
-        with pytest.raises(NotFittedError, match="not fitted yet"):
+        with pytest.raises(NotFittedError, match=r"not fitted yet, but.*prefit"):
             ThresholdCalibrator(estimator, method="prefit").fit(noisy(6))
 
 

@@ -100,7 +100,7 @@ def test_another_process_decides_the_same(gate, table, tmp_path):
 
 
 def test_onnx_decides_the_same(gate, table, tmp_path):
-    with pytest.raises(TypeError, match=r"Pipeline is no detector.*the last step"):
+    with pytest.raises(TypeError, match=r"Pipeline is no detector.*estimator_\[-1\]"):
         onnx.export(gate, tmp_path / "detector.onnx")
     onnx.export(gate.estimator_[-1], tmp_path / "detector.onnx")
     session = onnxruntime.InferenceSession(

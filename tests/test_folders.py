@@ -1,5 +1,6 @@
 """Folders of one's own, and the layouts of VisA, MVTec LOCO and MVTec AD 2."""
 
+import ast
 import csv
 import itertools
 import re
@@ -238,6 +239,9 @@ def test_masks_beside_the_images_are_no_images(parts):
         data = load_folder(parts / "fine", parts / "bad")
     assert len(data.X) == 9
     assert told[0].filename == __file__
+    _, given = str(told[0].message).removesuffix(".").split("masks=")
+    data = load_folder(parts / "fine", parts / "bad", ast.literal_eval(given))
+    assert marked(data.masks[3:]) == [[7]] * 3
 
 
 def test_masks_of_one_name_go_by_their_folders(parts):

@@ -100,7 +100,7 @@ def test_one_image_is_enough():
         (noise(2, 3, 64, 64), "channels stand last"),
         (noise(2, 64), r"\(n, H, W, C\)"),
         (noise(0, 64, 64), r"\(n, H, W, C\)"),
-        (["a.png", "b.png"], r"\(n, H, W, C\)"),
+        (["a.png", "b.png"], r"\(n, H, W, C\).*LoadImages"),
         (np.full((2, 32, 32), np.nan), "NaN"),
         (np.ones((2, 32, 32)), "All pixels of X are equal"),
     ],

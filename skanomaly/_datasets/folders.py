@@ -435,10 +435,11 @@ def _warn_of_masks_among(bad):
         and (image.parent, MASK_ENDING.sub("", image.stem)) in stems
     ]
     if like_masks:
+        globs = sorted({str(image.parent / "*_mask*") for image in like_masks})
         warnings.warn(
             f"{_number(like_masks, 'image')} of bad called like masks of others: "
             f"{_first(like_masks, 1)}. If they are, say where: "
-            f"masks={str(like_masks[0].parent / '*_mask*')!r}.",
+            f"masks={globs if len(globs) > 1 else globs[0]!r}.",
             stacklevel=3,
         )
 
