@@ -87,6 +87,7 @@ sphinx_gallery_conf = {
     "backreferences_dir": "generated/examples_of",
     "min_reported_time": 3600,
     "show_memory": False,
+    "write_computation_times": False,  # the page would load scripts from elsewhere
 }
 
 # the order of the gallery is a function, so that the configuration is not cached
