@@ -592,7 +592,7 @@ def test_an_early_stop_goes_back_to_the_best_weights(cls, monkeypatch):
     """A rate so large that the losses of later epochs are worse ones."""
     monkeypatch.setattr(cls, "_scheduler", lambda self, optimizer: None)
     X, y = striped(12), labels_for(cls, 12)
-    settings = {"learning_rate": 0.3, "validation_fraction": 0.3, "max_epochs": 5}
+    settings = {"learning_rate": 0.2, "validation_fraction": 0.3, "max_epochs": 5}
     stopped = small(cls, n_iter_no_change=2, **settings).fit(X, y)
     curve = stopped.validation_curve_
     assert len(curve) == stopped.n_iter_

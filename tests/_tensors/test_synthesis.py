@@ -187,7 +187,7 @@ def test_stretching_leaves_out_a_share_of_pixels_at_either_end():
     image[:, 2] = 0.4
     stretched = synthesis._stretched(image, 0.1)
     for channel, wanted in zip(image[0, :2], stretched[0], strict=False):
-        low, high = np.quantile(channel, [0.1, 0.9])
+        low, high = np.sort(channel, axis=None)[[40, -41]]
         np.testing.assert_allclose(wanted, (channel - low) / (high - low), atol=1e-5)
     assert torch.equal(stretched[0, 2], image[0, 2])  # flat ones stay as they are
 
