@@ -231,7 +231,10 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         ValueError
             If y holds other labels than -1 and +1, ``method="loo"`` and the estimator
             cannot leave one image out, ``method="cv"`` and it has a checkpoint,
-            which belongs to one fit, or ``target="map"`` and it has no maps.
+            which belongs to one fit, or ``target="map"`` and it has no maps; if no
+            image is normal.
+        TypeError
+            If arguments of a fit are given, and the estimator is fitted already.
         sklearn.exceptions.NotFittedError
             If ``method="prefit"`` and the estimator is not fitted.
 
@@ -243,10 +246,17 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         """
         final = final_step(self.estimator)
         self._check_method(final)
+        if self._is_prefit and fit_params:
+            raise TypeError(
+                f"{', '.join(fit_params)}: what is fitted already takes no arguments "
+                "of a fit."
+            )
         X, y = indexable(X, y)
         n_samples = _num_samples(X)
         labels = required_labels(y, n_samples)
         normal, anomalous = np.flatnonzero(labels == 1), np.flatnonzero(labels == -1)
+        if len(normal) == 0:
+            raise ValueError("y calls no image normal, but thresholds come from these.")
         learns_from_them = get_tags(final).target_tags.required
         if not learns_from_them and not isinstance(final, BaseSearchCV):
             anomalous = anomalous[:0]

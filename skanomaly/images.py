@@ -25,9 +25,8 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import gen_batches
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
-from tqdm.auto import tqdm
 
-from ._fitting.batches import resolve_device
+from ._fitting.batches import resolve_device, shown
 from ._fitting.files import (
     DamagedFileError,
     as_numpy,
@@ -795,14 +794,8 @@ class LoadImages(TransformerMixin, BaseEstimator):
     def _decode(self, paths):
         """Return the shape of all images together and an iterator over them."""
         arguments = self.size, self.mode, self.max_value
-        decoded = tqdm(
-            _decoded(paths, arguments, self.n_jobs),
-            desc="load",
-            total=len(paths),
-            unit="image",
-            delay=1,
-            disable=not self.verbose,
-        )
+        decoded = _decoded(paths, arguments, self.n_jobs)
+        decoded = shown(decoded, len(paths), verbose=self.verbose, what="load")
         images = _told(paths, decoded, self.max_value)
         first = next(images)
         rest = _of_one_shape(images, paths[1:], first.shape, paths[0])
@@ -1390,6 +1383,8 @@ class RegionOfInterest(_ArrayTransformer):
     def _one_mask(self):
         if isinstance(self.mask, (str, os.PathLike)):
             name = f"mask={os.fspath(self.mask)!r}"
+            if not os.path.isfile(os.path.expanduser(self.mask)):
+                raise FileNotFoundError(f"{name} is not a file.")
             mask = read_image(self.mask, mode="L")[..., 0] > 127
         else:
             name, mask = "mask", check_masks(self.mask)

@@ -552,6 +552,19 @@ def test_prefit_wants_a_fitted_detector(small):
             ThresholdCalibrator(estimator, method="prefit").fit(noisy(6))
 
 
+def test_prefit_takes_no_arguments_of_a_fit(brightest):
+    X = np.random.default_rng(0).random((9, 4, 5, 1))
+    with pytest.raises(TypeError, match=r"^structure_images: what is fitted already"):
+        ThresholdCalibrator(brightest, method="prefit").fit(X, structure_images=X)
+
+
+@pytest.mark.parametrize("method", ["prefit", "cv", "holdout"])
+def test_anomalous_images_alone_set_no_threshold(method, brightest):
+    X = np.random.default_rng(0).random((9, 4, 5, 1))
+    with pytest.raises(ValueError, match="y calls no image normal"):
+        ThresholdCalibrator(brightest, method=method).fit(X, -np.ones(9))
+
+
 def test_folds_in_processes_give_the_same(small, capsys):
     X = noisy(12)
     detector = small("Autoencoder", random_state=0)

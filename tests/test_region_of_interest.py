@@ -228,7 +228,7 @@ def test_what_is_no_mask(mask, match):
 
 def test_files_that_are_no_masks(tmp_path):
     X = textures(3)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"mask=.*is not a file"):
         RegionOfInterest(tmp_path / "no.png").fit(X)
     Image.fromarray(MASK[:, :30]).save(tmp_path / "mask.png")
     region = RegionOfInterest(tmp_path / "mask.png")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from joblib import Parallel, delayed
 from PIL import ExifTags, ImageOps
-from tqdm.auto import tqdm
 
+from .._fitting.batches import shown
 from ..images import JPEGS, QUARTER_TURNS, open_image
 
 MASK_ENDING = re.compile(r"_mask([_-]?[0-9]+)?$")
@@ -125,15 +125,8 @@ def load_masks(images, masks, size, *, any_value=False, n_jobs=None, verbose=0):
     joined = Parallel(n_jobs=n_jobs, prefer="threads", return_as="generator")(
         delayed(_joined)(masks[row], size, any_value) for row in masked
     )
-    shown = tqdm(
-        joined,
-        desc="masks",
-        total=len(masked),
-        unit="image",
-        delay=1,
-        disable=not verbose,
-    )
-    for row, mask in zip(masked, shown, strict=True):
+    joined = shown(joined, len(masked), verbose=verbose, what="masks")
+    for row, mask in zip(masked, joined, strict=True):
         result[row] = mask
     return result
 

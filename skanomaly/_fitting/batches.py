@@ -169,6 +169,12 @@ def slices(n, size, *, verbose=0):
             bar.update(part.stop - part.start)
 
 
+def shown(items, n, *, verbose, what):
+    """Return an iterator over n items, of images, behind a bar after a second."""
+    settings = {"desc": what, "total": n, "unit": "image", "delay": 1}
+    return tqdm(items, **settings, disable=not verbose)
+
+
 def degrees_and_peaks(batches):
     """Return the degrees (n,) of judged batches and the maxima (n,) of their maps."""
     degrees, peaks = zip(
