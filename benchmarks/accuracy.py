@@ -65,7 +65,6 @@ from skanomaly.metrics import localization_scores
 
 MEASURES = ("image AUROC", "pixel AUROC", "pixel AP", "AU-PRO", "F1-max")
 COSTS = ("fit seconds", "seconds per image", "peak MiB", "file MiB")
-COLUMNS = ("set", "method", "settings", "size", "seed", *MEASURES, *COSTS)
 
 
 class Naive(BaseDetector):
@@ -128,6 +127,7 @@ METHODS = {
     "naive": Naive,
     "linear": Linear,
     "autoencoder": Autoencoder,
+    "autoencoder_l2": partial(Autoencoder, loss="l2"),
     "differnet": DifferNet,
     "draem": DRAEM,
     "fcdd": FCDD,
@@ -157,7 +157,7 @@ METHODS = {
 
 def main():
     """Run what the command line asks for."""
-    options = parse_arguments()
+    options = argument_parser(__doc__).parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     table = options.output / "accuracy.csv"
     context = multiprocessing.get_context("spawn")
@@ -175,10 +175,10 @@ def main():
     print(report)
 
 
-def parse_arguments():
-    """Return the options of the command line."""
+def argument_parser(description):
+    """Return a parser of sets, methods and what methods are given."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the sets")
     parser.add_argument("--sets", nargs="+", required=True, help="ROOT/CATEGORY")
@@ -193,23 +193,22 @@ def parse_arguments():
     parser.add_argument(
         "--params",
         nargs="+",
+        type=parameter,
         default=[],
         metavar="METHOD.NAME=VALUE",
         help="parameters that differ from the defaults",
     )
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
-    options.params = [parse_parameter(parser, text) for text in options.params]
-    return options
+    return parser
 
 
-def parse_parameter(parser, text):
+def parameter(text):
     """Return method, name and value of ``METHOD.NAME=VALUE``."""
     target, equals, value = text.partition("=")
     method, dot, name = target.partition(".")
     if not (equals and dot and method in METHODS):
-        parser.error(f"--params wants METHOD.NAME=VALUE, not {text!r}")
+        raise argparse.ArgumentTypeError(f"not METHOD.NAME=VALUE: {text!r}")
     try:
         return method, name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -222,13 +221,7 @@ def measure(options, name, method, seed):
         torch.set_num_threads(options.threads)
     root, _, category = name.rpartition("/")
     data = load_mvtec(options.data / root, category, size=options.size)
-    settings = {key: value for m, key, value in options.params if m == method}
-    detector = METHODS[method](random_state=seed, **settings)
-    if options.budget and isinstance(detector, NetworkDetector):
-        epochs = int(60 * options.budget / seconds_per_epoch(detector, data.X_train))
-        settings["max_epochs"] = max(1, epochs)
-        detector.set_params(max_epochs=settings["max_epochs"])
-
+    detector, settings = make(options, method, seed, data.X_train)
     started = time.perf_counter()
     detector.fit(data.X_train)
     fit_seconds = time.perf_counter() - started
@@ -257,6 +250,17 @@ def measure(options, name, method, seed):
     }
 
 
+def make(options, method, seed, X):
+    """Return a detector to be fitted to images X, and what parameters it was given."""
+    settings = {key: value for m, key, value in options.params if m == method}
+    detector = METHODS[method](random_state=seed, **settings)
+    if options.budget and isinstance(detector, NetworkDetector):
+        epochs = int(60 * options.budget / seconds_per_epoch(detector, X))
+        settings["max_epochs"] = max(1, epochs)
+        detector.set_params(max_epochs=settings["max_epochs"])
+    return detector, settings
+
+
 def seconds_per_epoch(detector, X):
     """Return the time that one more epoch of training takes."""
     seconds = []
@@ -271,7 +275,7 @@ def append_row(table, row):
     """Append a row to a CSV file, with a header if it is new."""
     is_new = not table.exists()
     with open(table, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(row))
         if is_new:
             writer.writeheader()
         writer.writerow(row)
