@@ -58,13 +58,16 @@ def main():
             for method in options.methods:
                 row = measure(options, name, data, method, seed)
                 append_row(table, row)
-                areas = " | ".join(f"{row[key]:.3f}" for key in AREAS)
-                seconds = f"{row['fit seconds']:.0f}"
-                print(
-                    f"| {name} | {method} | {seed} | {areas} | {seconds} |", flush=True
-                )
+                print_row(row)
     if not options.planted_only:
         print_correlations(table)
+
+
+def print_row(row):
+    """Print a row of a table in Markdown."""
+    areas = (f"{row[key]:.3f}" for key in AREAS)
+    cells = row["set"], row["method"], str(row["seed"]), *areas
+    print("|", " | ".join(cells), f"| {row['fit seconds']:.0f} |", flush=True)
 
 
 def parse_arguments():
@@ -146,8 +149,8 @@ def print_correlations(table):
             columns = np.transpose(rows)
             image, pixel = (spearmanr(*pair).statistic for pair in np.split(columns, 2))
             print(
-                f"{name}, {size} pixels, seed {seed}: rank correlation over {len(rows)} "
-                f"rows {image:.2f} (image AUROC), {pixel:.2f} (pixel AUROC)"
+                f"{name}, {size} pixels, seed {seed}, {len(rows)} rows: rank "
+                f"correlation {image:.2f} (image AUROC), {pixel:.2f} (pixel AUROC)"
             )
 
 
