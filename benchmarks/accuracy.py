@@ -46,6 +46,7 @@ from skanomaly import (
     SMAI,
     SPADE,
     Autoencoder,
+    CenterCropImages,
     DifferNet,
     InTra,
     MemAE,
@@ -53,6 +54,7 @@ from skanomaly import (
     PatchCore,
     PatchDetector,
     PatchSVDD,
+    Pipeline,
     PNet,
     PuzzleAE,
     VariationalAutoencoder,
@@ -198,6 +200,9 @@ def argument_parser(description):
         metavar="METHOD.NAME=VALUE",
         help="parameters that differ from the defaults",
     )
+    parser.add_argument(
+        "--crop", type=int, help="side in pixels of the centre that methods see"
+    )
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     return parser
@@ -258,6 +263,10 @@ def make(options, method, seed, X):
         epochs = int(60 * options.budget / seconds_per_epoch(detector, X))
         settings["max_epochs"] = max(1, epochs)
         detector.set_params(max_epochs=settings["max_epochs"])
+    if options.crop:
+        crop = CenterCropImages(size=options.crop)
+        detector = Pipeline([("crop", crop), ("detect", detector)])
+        settings["crop"] = options.crop
     return detector, settings
 
 
