@@ -11,6 +11,7 @@ Sets are folders in the layout of MVTec AD, named relative to ``--data``::
         --methods naive spade draem --size 128 --seeds 0 1 2 --budget 20
 
 ``--params draem.rotation=0.0 spade.image_score=max`` changes parameters of methods.
+With ``--crop 112`` they see the centre of the images only; maps are 0 around it.
 """
 
 import argparse
