@@ -107,6 +107,7 @@ UNTRAINED = "SPADE", "PatchDetector", "PatchCore", "PaDiM"
 GROWING = {
     "SPADE": {**METHODS["SPADE"], "gallery_size": 10},
     "DifferNet": {**METHODS["DifferNet"], "n_transforms_test": 2, "n_transforms": 1},
+    "PatchDetector": METHODS["PatchDetector"],
     "Autoencoder": {"code_size": 16, "width": 8, **BRIEF},
     "MNAD": {"width": 4, **BRIEF},
     "PNet": {"width": 4, "critic_width": 4, "structure_epochs": 1, **BRIEF},
