@@ -28,6 +28,7 @@ from speed import (
     UNTRAINED,
     Scoring,
     Training,
+    fitted,
     peak_mib,
     prepare,
     print_header,
@@ -514,13 +515,6 @@ def memory_of(name, side, options):
     for _ in range(5):
         function()
     return peak_mib() - before
-
-
-def fitted(name, side):
-    """Return a small detector that is fitted, and images."""
-    detector = getattr(skanomaly, name)(device="cpu", random_state=0, **METHODS[name])
-    X = smooth_images(8, side)
-    return detector.fit(X, [1, -1] * 4 if name == "DeScarGAN" else None), X
 
 
 def measure_latency(name, options):
