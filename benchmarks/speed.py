@@ -513,8 +513,8 @@ def products_of(detector, n, device):
             yield lambda: patches @ left_out
         else:
             whitening = torch.from_numpy(detector.whitening_).to(device)
-            rows = patches.flatten(1, 2).transpose(0, 1)
-            yield lambda: rows @ whitening.flatten(0, 1).mT
+            rows = patches.flatten(1, 2).permute(1, 2, 0)
+            yield lambda: whitening.flatten(0, 1) @ rows
 
 
 def search(n_queries, n_rows, channels, together, device):
