@@ -708,6 +708,8 @@ def fitted(name, side, device="cpu"):
 
 def measure_grid(task, options):
     """Measure a grid search without a memory of features, with one, and once more."""
+    import torchvision
+
     prepare(options)
     planted = plant_defects(smooth_images(*task), random_state=0)
     detector = skanomaly.PatchDetector(backbone="precomputed")
@@ -717,14 +719,15 @@ def measure_grid(task, options):
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "resnet18.pth")
+        torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
         for kind, memory in (("none", None), ("empty", folder), ("filled", folder)):
             features = skanomaly.BackboneFeatures(
                 backbone="resnet18",
                 layers=("layer2", "layer3"),
-                weights=None,
+                weights=weights,
                 memory=memory,
                 device=options.device,
-                random_state=0,
             )
             search = GridSearchCV(
                 make_pipeline(features, detector),
