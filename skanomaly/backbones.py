@@ -1,6 +1,5 @@
 """Pretrained networks as sources of features."""
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -38,7 +37,6 @@ from ._fitting.files import (
 from ._fitting.loop import autocast, seeded
 from ._fitting.persistence import (
     PersistentNetwork,
-    Unfilled,
     as_fitted,
     channels_last,
     network_to_arrays,
@@ -327,8 +325,7 @@ def make_backbone(
         longer = outline(name, (*layers, last))
         if state is None or not longer._missing(state):
             layers = longer.layers
-    with Unfilled() if weights is not None else contextlib.nullcontext():
-        backbone = Backbone(name, layers)
+    backbone = Backbone(name, layers)
     if state is not None:
         backbone.load_weights(state, str(weights))
     return backbone.eval()
