@@ -699,9 +699,10 @@ def measure_scaling(task, options):
     ]
 
 
-def fitted(name, side, device="cpu"):
+def fitted(name, side, device="cpu", **changes):
     """Return a small detector that is fitted, and images."""
-    detector = getattr(skanomaly, name)(device=device, random_state=0, **METHODS[name])
+    settings = METHODS[name] | changes
+    detector = getattr(skanomaly, name)(device=device, random_state=0, **settings)
     X = smooth_images(8, side)
     return detector.fit(X, [1, -1] * 4 if name == "DeScarGAN" else None), X
 
