@@ -229,7 +229,7 @@ def outline(name: str, layers: tuple[str, ...]) -> Backbone:
         If the name or a layer is unknown.
     """
     with without_data():
-        return Backbone(name, layers)
+        return Backbone(name, layers).eval()
 
 
 @functools.cache
