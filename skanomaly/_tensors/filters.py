@@ -185,6 +185,8 @@ def mean_filter(images, size, *, padding="zeros"):
     >>> mean_filter(torch.ones(1, 3, 3), 3)[0, 1]
     tensor([0.6667, 1.0000, 0.6667])
     """
+    if size == 1:
+        return images
     kernel = images.new_full((size,), 1 / size)
     return _separable_filter(images.shape[-2:], kernel, padding)(images)
 
