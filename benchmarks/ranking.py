@@ -143,7 +143,9 @@ def print_correlations(table):
     with open(table, newline="") as file:
         for row in csv.DictReader(file):
             areas = [float(row[key]) for key in AREAS]
-            groups.setdefault((row["set"], row["size"], row["seed"]), []).append(areas)
+            if np.isfinite(areas).all():  # not of planted defects only
+                key = row["set"], row["size"], row["seed"]
+                groups.setdefault(key, []).append(areas)
     for (name, size, seed), rows in groups.items():
         if len(rows) > 2:
             columns = np.transpose(rows)
