@@ -28,6 +28,7 @@ from speed import (
     UNTRAINED,
     Scoring,
     Training,
+    fitted,
     peak_mib,
     prepare,
     print_header,
@@ -516,22 +517,22 @@ def memory_of(name, side, options):
     return peak_mib() - before
 
 
-def fitted(name, side):
-    """Return a small detector that is fitted, and images."""
-    detector = getattr(skanomaly, name)(device="cpu", random_state=0, **METHODS[name])
-    X = smooth_images(8, side)
-    return detector.fit(X, [1, -1] * 4 if name == "DeScarGAN" else None), X
-
-
 def measure_latency(name, options):
-    """Measure `predict` for one image of 224 pixels against the bare networks."""
+    """Measure `predict` for one image of 224 pixels against the bare networks.
+
+    And against the networks with the products of filters and searches. SPADE predicts
+    by its default score, which searches among images.
+    """
     prepare(options)
-    detector, X = fitted(name, options.size or 224)
+    by_default = {"image_score": "knn"} if name == "SPADE" else {}
+    detector, X = fitted(name, options.size or 224, **by_default)
     scoring = Scoring(detector, X[:1])
     versions = {
         "ours": lambda: detector.predict(X[:1]),
         "networks alone": lambda: scoring.bare(filters=False),
     }
+    if scoring.has_filters and name != "SPADE":
+        versions["networks and products"] = scoring.bare
     return list(ratios(f"predict one image by {name}", versions, options))
 
 

@@ -12,9 +12,11 @@ figures::
 
 Every method and size has a process of its own, whose largest memory above that of the
 imports is reported. Further tables compare metrics with one sort, LoadImages with bare
-decoding and the import with those of torch and scikit-learn; ``--table scaling``, which
-is not among the default ones, shows how time and memory grow with the number and the
-size of images.
+decoding and the import with those of torch and scikit-learn. Four are not among the
+default ones: ``--table scaling`` shows how time and memory grow with the number and the
+size of images, ``grid`` what a grid search takes with and without a memory of features,
+``load`` the time from a file to the first prediction, and ``frames`` how long
+predictions of one image after the other take, and the slowest of them.
 """
 
 import argparse
@@ -36,7 +38,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from joblib import dump, load
 from PIL import Image
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
 
 import skanomaly
 from skanomaly._fitting import loop
@@ -45,8 +50,10 @@ from skanomaly._fitting.loop import _descend, _in_precision, autocast, seeded_ge
 from skanomaly._patches import PatchwiseDetector
 from skanomaly._tensors import losses
 from skanomaly._tensors.neighbors import QUERY_CHUNK, TILE, on_device
+from skanomaly.datasets import plant_defects
 from skanomaly.methods import descargan
-from skanomaly.metrics import localization_scores
+from skanomaly.metrics import anomaly_roc_auc, localization_scores
+from skanomaly.model_selection import OneClassKFold
 
 BRIEF = {"max_epochs": 1, "n_iter_no_change": None}
 METHODS = {
@@ -107,6 +114,7 @@ UNTRAINED = "SPADE", "PatchDetector", "PatchCore", "PaDiM"
 GROWING = {
     "SPADE": {**METHODS["SPADE"], "gallery_size": 10},
     "DifferNet": {**METHODS["DifferNet"], "n_transforms_test": 2, "n_transforms": 1},
+    "PatchDetector": METHODS["PatchDetector"],
     "Autoencoder": {"code_size": 16, "width": 8, **BRIEF},
     "MNAD": {"width": 4, **BRIEF},
     "PNet": {"width": 4, "critic_width": 4, "structure_epochs": 1, **BRIEF},
@@ -115,7 +123,8 @@ GROWING = {
     "DeScarGAN": {"width": 4, "critic_width": 4, **BRIEF},
 }
 CPU = torch.device("cpu")
-TABLES = ("methods", "metrics", "files", "import", "scaling")
+TABLES = "methods", "metrics", "files", "import"
+FURTHER_TABLES = "scaling", "grid", "load", "frames"
 
 
 def main():
@@ -123,7 +132,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", nargs="+", choices=TABLES, default=TABLES[:-1])
+    parser.add_argument(
+        "--table", nargs="+", choices=TABLES + FURTHER_TABLES, default=TABLES
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[128])
     parser.add_argument(
@@ -150,10 +161,12 @@ def main():
         for task in tasks(table, options):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 measure = globals()[f"measure_{table}"]
-                rows += pool.submit(measure, task, options).result()
-            if len(rows) == 1:
-                print_header(rows[0])
-            print_row(rows[-1])
+                found = pool.submit(measure, task, options).result()
+            for row in found:
+                if not rows:
+                    print_header(row)
+                print_row(row)
+                rows.append(row)
         print()
         tables[table] = rows
     device = resolve_device(options.device)
@@ -184,7 +197,9 @@ def tasks(table, options):
             if name in options.methods
             for axis, points in (("number", numbers), ("side", sizes))
         ]
-    return [None]
+    if table == "grid":
+        return [(40, 128)]
+    return options.methods if table in ("load", "frames") else [None]
 
 
 def print_header(row):
@@ -498,8 +513,8 @@ def products_of(detector, n, device):
             yield lambda: patches @ left_out
         else:
             whitening = torch.from_numpy(detector.whitening_).to(device)
-            rows = patches.flatten(1, 2).transpose(0, 1)
-            yield lambda: rows @ whitening.flatten(0, 1).mT
+            rows = patches.flatten(1, 2).permute(1, 2, 0)
+            yield lambda: whitening.flatten(0, 1) @ rows
 
 
 def search(n_queries, n_rows, channels, together, device):
@@ -681,6 +696,101 @@ def measure_scaling(task, options):
             "MiB": f"{rows[0][3]:.0f}-{rows[-1][3]:.0f}",
             "memory exponent": float(np.polyfit(positions[1:], memory[1:], 1)[0]),
         }
+    ]
+
+
+def fitted(name, side, device="cpu", **changes):
+    """Return a small detector that is fitted, and images."""
+    settings = METHODS[name] | changes
+    detector = getattr(skanomaly, name)(device=device, random_state=0, **settings)
+    X = smooth_images(8, side)
+    return detector.fit(X, [1, -1] * 4 if name == "DeScarGAN" else None), X
+
+
+def measure_grid(task, options):
+    """Measure a grid search without a memory of features, with one, and once more."""
+    import torchvision
+
+    prepare(options)
+    planted = plant_defects(smooth_images(*task), random_state=0)
+    detector = skanomaly.PatchDetector(backbone="precomputed")
+    grid = {
+        "patchdetector__patch_size": [1, 3],
+        "patchdetector__image_score": ["max", "top"],
+    }
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "resnet18.pth")
+        torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
+        for kind, memory in (("none", None), ("empty", folder), ("filled", folder)):
+            features = skanomaly.BackboneFeatures(
+                backbone="resnet18",
+                layers=("layer2", "layer3"),
+                weights=weights,
+                memory=memory,
+                device=options.device,
+            )
+            search = GridSearchCV(
+                make_pipeline(features, detector),
+                grid,
+                scoring=anomaly_roc_auc,
+                cv=OneClassKFold(5),
+            )
+            start = time.perf_counter()
+            search.fit(planted.X, planted.y, groups=planted.groups)
+            seconds = time.perf_counter() - start
+            rows.append({"memory": kind, "search s": seconds})
+    return [
+        row | {"none / this": rows[0]["search s"] / row["search s"]} for row in rows
+    ]
+
+
+def write_fitted(name, file, options):
+    """Fit a detector, and write it."""
+    prepare(options)
+    dump(fitted(name, 64, options.device)[0], file)
+
+
+def measure_load(name, options):
+    """Measure the way from a file to predictions in a process that has just begun."""
+    import torchvision  # noqa: F401
+
+    prepare(options)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "detector.joblib")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(write_fitted, name, file, options).result()
+        mib = file.stat().st_size / 2**20
+        start = time.perf_counter()
+        detector = load(file)
+        loaded = time.perf_counter() - start
+    image = smooth_images(1, 64)
+    seconds = [seconds_of(lambda: detector.predict(image), CPU) for _ in range(10)]
+    return [
+        {
+            "method": name,
+            "file MiB": mib,
+            "load ms": 1000 * loaded,
+            "first image ms": 1000 * seconds[0],
+            "tenth ms": 1000 * seconds[-1],
+        }
+    ]
+
+
+def measure_frames(name, options):
+    """Measure up to 1,000 predictions, each of one image."""
+    prepare(options)
+    detector, X = fitted(name, 64, options.device)
+    detector.predict(X[:1])
+    ms, started = [], time.perf_counter()
+    while len(ms) < 1000 and (
+        not ms or time.perf_counter() - started < options.seconds
+    ):
+        ms.append(1000 * seconds_of(lambda: detector.predict(X[:1]), CPU))
+    shares = {"median": 0.5, "95 %": 0.95, "99 %": 0.99, "largest": 1}
+    return [
+        {"method": name, "frames": len(ms)}
+        | {f"{label}, ms": float(np.quantile(ms, q)) for label, q in shares.items()}
     ]
 
 

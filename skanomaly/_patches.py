@@ -30,6 +30,7 @@ from .backbones import (
     check_backbone_takes,
     layer_keys,
     make_backbone,
+    outline,
     standard_layers,
 )
 from .base import BaseDetector
@@ -126,8 +127,7 @@ class FeatureDetector(BaseDetector):
         if len(set(layers)) < len(layers):
             raise ValueError(f"layers={layers!r} names a layer twice.")
         if self.backbone != "precomputed":
-            with torch.device("meta"):
-                Backbone(self.backbone, layers)  # refuses unknown names
+            outline(self.backbone, layers)  # refuses unknown names
             check_backbone_takes(self.backbone, self.image_shape_)
 
     def _load_backbone(self, images, *, with_last_stage=False):

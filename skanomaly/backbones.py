@@ -1,5 +1,6 @@
 """Pretrained networks as sources of features."""
 
+import functools
 import hashlib
 import os
 import warnings
@@ -40,6 +41,7 @@ from ._fitting.persistence import (
     channels_last,
     network_to_arrays,
     plain_parameters,
+    without_data,
 )
 from ._typing import Self, StrPath, available_if, fit_context
 from ._validation import check_images, check_range
@@ -180,7 +182,7 @@ class Backbone(nn.Module):
             If a parameter is missing, unknown, of another shape, NaN or infinite, or if
             a running variance is negative.
         """
-        own, known = self.trunk.state_dict(), self._known()
+        own, known = self.trunk.state_dict(), self._source.known
         misshapen = [
             key for key in own if key in state and state[key].shape != own[key].shape
         ]
@@ -206,30 +208,38 @@ class Backbone(nn.Module):
             raise ValueError(f"weights={source!r} hold {problem} in {key!r}.")
         self.trunk.load_state_dict(loaded)
 
-    def _known(self):
-        """Return the names in a state dict of the whole network."""
-        with torch.device("meta"):
-            return self._source.whole().state_dict().keys()
-
     def _missing(self, state):
         """Return the names that a state dict lacks for the layers that are run."""
-        known = self._known()
         return [
             key
             for key in self.trunk.state_dict()
-            if key in known
+            if key in self._source.known
             and key not in state
             and not key.endswith("num_batches_tracked")
         ]
 
 
-def last_stage(name: str, layers: Iterable[str] = ()) -> str:
+@functools.cache
+def outline(name: str, layers: tuple[str, ...]) -> Backbone:
+    """Return a backbone without data, to be looked at only: a process builds it once.
+
+    Raises
+    ------
+    ValueError
+        If the name or a layer is unknown.
+    """
+    with without_data():
+        return Backbone(name, layers).eval()
+
+
+@functools.cache
+def last_stage(name: str, layers: tuple[str, ...] = ()) -> str:
     """Return the name of the last layer of a network before its head.
 
     Sequential children that hold one of ``layers`` are opened.
     """
     source = find_source(name)
-    with torch.device("meta"):
+    with without_data():
         return source.layer_names(source.whole(), layers)[-1]
 
 
@@ -306,15 +316,13 @@ def make_backbone(
         one of another network, NaN, infinity or a negative variance.
     """
     layers = tuple(layers)
-    with torch.device("meta"):
-        Backbone(name, layers)  # refuses unknown names before weights are fetched
+    outline(name, layers)  # refuses unknown names before weights are fetched
     state = None
     if weights is not None:
         fetched = weights == "imagenet"
         state = find_source(name).pretrained() if fetched else read_weights(weights)
     if with_last_stage and (last := last_stage(name, layers)) not in layers:
-        with torch.device("meta"):
-            longer = Backbone(name, (*layers, last))
+        longer = outline(name, (*layers, last))
         if state is None or not longer._missing(state):
             layers = longer.layers
     backbone = Backbone(name, layers)
@@ -734,8 +742,7 @@ def layer_keys(network: Backbone) -> dict[str, str]:
     arrays = network_to_arrays(network.trunk)
     keys = {}
     for layer in network.layers:
-        with torch.device("meta"):
-            own = Backbone(network.name, (layer,)).trunk.state_dict()
+        own = outline(network.name, (layer,)).trunk.state_dict()
         digest = hashlib.sha256()
         for name in own:
             digest.update(name.encode())

@@ -106,6 +106,22 @@ def test_a_row_holds_ratios_to_the_floor_and_to_the_networks(speed, options, met
         assert row["step / networks"] == row["step / floor"] > 0
 
 
+def test_searches_with_and_without_a_memory(speed, options):
+    rows = speed.measure_grid((5, 32), options)
+    assert [row["memory"] for row in rows] == ["none", "empty", "filled"]
+    for row in rows:
+        assert row["none / this"] == rows[0]["search s"] / row["search s"]
+
+
+@pytest.mark.parametrize(("seconds", "n_frames"), [(0, 1), (60, 1000)])
+def test_frames_until_the_time_is_up(speed, options, seconds, n_frames):
+    options.seconds = seconds
+    [row] = speed.measure_frames("Autoencoder", options)
+    assert row["frames"] == n_frames
+    times = list(row.values())[2:]
+    assert 0 < times[0] <= times[-1] and times == sorted(times)
+
+
 def test_the_plain_losses_of_the_duel_are_ours(duel):
     torch.manual_seed(0)
     x, y = torch.rand(2, 2, 3, 32, 32)

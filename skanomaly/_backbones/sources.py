@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .._extras import required
+from .._fitting.persistence import without_data
 from .efficientnet import EfficientNetLite0
 from .weights import download_torchvision, not_downloaded, read_packaged
 
@@ -103,6 +104,12 @@ class Source:
 
     def __init__(self, name):
         self.name = name
+
+    @functools.cached_property
+    def known(self):
+        """The names in a state dict of the whole network."""
+        with without_data():
+            return frozenset(self.whole().state_dict())
 
     @property
     def pads(self):
@@ -274,7 +281,7 @@ class Timm(Source):
         self._options = {}
         if config.fixed_input_size:
             self._options, self.side, self.patch_size = self._sizes(config)
-        with torch.device("meta"):
+        with without_data():
             if not hasattr(self.whole(), "forward_intermediates"):
                 raise ValueError(
                     f"backbone={name!r} of timm has no forward_intermediates, which "
@@ -285,7 +292,7 @@ class Timm(Source):
         """Return how to build a network of one size for others, its side, its patch."""
         options = {"dynamic_img_size": True}
         try:
-            with torch.device("meta"):
+            with without_data():
                 network = self._create(**options)
         except TypeError:  # its constructor knows no such thing
             return {}, config.input_size[1], (1, 1)

@@ -11,6 +11,8 @@ import numpy as np
 import sklearn
 import torch
 from sklearn.base import BaseEstimator
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .. import version
 
@@ -18,6 +20,34 @@ from .. import version
 NOT_IN_FILES = ("_optimizers", "_has_shared_weights")
 # parameters that change no result but by rounding
 HOW_TO_COMPUTE = ("batch_size", "device", "memory", "precision", "verbose")
+# what gives a new network values and no shapes: draws, and spectral norms' iterations
+FILLING = {
+    nn.functional.normalize,
+    nn.init.kaiming_normal_,
+    nn.init.kaiming_uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+}
+
+
+class Unfilled(TorchFunctionMode):
+    """Builds networks in a ``with`` block without initial weights, to be loaded."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Call a function of torch, unless it fills a tensor."""
+        kwargs = kwargs or {}
+        if func in FILLING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_data():
+    """Build the networks of a ``with`` block to look at them, or to load them."""
+    with torch.device("meta"), Unfilled():
+        yield
 
 
 def forget(estimator, *names):
@@ -207,7 +237,7 @@ class PersistentNetwork:
 
     def _restore_network(self, arrays):
         # parameters may have been set since the fit
-        with torch.device("meta"):
+        with without_data():
             network = _copy_with(self, self._built_from)._build_network()
         tensors = {name: _to_tensor(array) for name, array in arrays.items()}
         network.load_state_dict(tensors, assign=True)
@@ -352,7 +382,7 @@ def check_architecture(estimator):
     ValueError
         If parameters were set that make another network.
     """
-    with torch.device("meta"):
+    with without_data():
         wanted = estimator._build_network().state_dict()
     shapes = [
         {name: tensor.shape for name, tensor in state.items()}

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-BLOCK = 64
+BLOCK = 32
 
 
 def no_autocast(device_type):
@@ -113,30 +113,49 @@ def make_gaussian_filter(like, sigma, radius, padding):
 
 def _separable_filter(size, kernel, padding):
     """Return a function that filters images of a size (h, w) along both axes."""
-    radius = len(kernel) // 2
     height, width = size
     vertical = _banded_matrix(height, kernel, padding)
     horizontal = vertical if width == height else _banded_matrix(width, kernel, padding)
+    radius = len(kernel) // 2
+    return lambda images: _BandedProduct.apply(images, vertical, horizontal, radius)
 
-    def filter_whole(images):
-        return vertical @ images @ horizontal.T
 
-    def filter_blocks(images):
-        rows = [vertical[p, r] @ images[..., r, :] for p, r in _blocks(height, radius)]
-        images = torch.cat(rows, dim=-2)
-        columns = [
-            images[..., r] @ horizontal[p, r].T for p, r in _blocks(width, radius)
-        ]
-        return torch.cat(columns, dim=-1)
+class _BandedProduct(torch.autograd.Function):
+    """``vertical @ images @ horizontal.T``, of whose matrices only bands are not zero.
 
-    # the copy that joins the blocks costs more than they save where they are few
-    return filter_whole if max(height, width) <= 2 * BLOCK else filter_blocks
+    Parts of a result that autograd records would have to be joined by a copy.
+    """
+
+    @staticmethod
+    def forward(ctx, images, vertical, horizontal, radius):
+        ctx.save_for_backward(vertical, horizontal)
+        ctx.radius = radius
+        return _banded_product(images, vertical, horizontal, radius)
+
+    @staticmethod
+    def backward(ctx, gradients):
+        vertical, horizontal = ctx.saved_tensors
+        found = _banded_product(gradients, vertical.T, horizontal.T, ctx.radius)
+        return found, None, None, None
+
+
+def _banded_product(images, vertical, horizontal, radius):
+    planes = images.reshape(-1, *images.shape[-2:])
+    half, whole = images.new_empty(planes.shape), images.new_empty(images.shape)
+    lines, results = half.flatten(0, 1), whole.view(planes.shape)
+    for own, reached in _blocks(len(horizontal), radius):
+        columns = planes.flatten(0, 1)[:, reached]
+        torch.mm(columns, horizontal[own, reached].T, out=lines[:, own])
+    for own, reached in _blocks(len(vertical), radius):
+        torch.matmul(vertical[own, reached], half[:, reached], out=results[:, own])
+    return whole
 
 
 def _blocks(size, radius):
     """Yield slices of the rows and the columns where a banded matrix is not zero."""
-    for start in range(0, size, BLOCK):
-        stop = min(size, start + BLOCK)
+    step = BLOCK if size > 2 * BLOCK else size
+    for start in range(0, size, step):
+        stop = min(size, start + step)
         yield slice(start, stop), slice(max(0, start - radius), stop + radius)
 
 
@@ -166,6 +185,8 @@ def mean_filter(images, size, *, padding="zeros"):
     >>> mean_filter(torch.ones(1, 3, 3), 3)[0, 1]
     tensor([0.6667, 1.0000, 0.6667])
     """
+    if size == 1:
+        return images
     kernel = images.new_full((size,), 1 / size)
     return _separable_filter(images.shape[-2:], kernel, padding)(images)
 

@@ -47,12 +47,12 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     Notes
     -----
     A matrix product of queries and gallery, both centred at the gallery's mean, gives
-    the squared distances up to rounding, tile by tile. Of every group of 16 gallery
-    rows only the smallest is kept. The ``n_neighbors`` nearest rows lie in as many
-    groups; three groups more are kept against rounding, and within these groups all
-    distances are computed from differences. Only where rows of more than three other
-    groups are as near, up to the rounding of the product, one of them may come out
-    instead.
+    the squared distances up to rounding, tile by tile. Of every group of gallery rows
+    (16, or single ones where the gallery is small) only the smallest is kept. The
+    ``n_neighbors`` nearest rows lie in as many groups, and within these all distances
+    are computed from differences. Queries for which further groups are as near, up to
+    the rounding of the product, have those of three groups more. Only where rows of
+    more than three other groups are as near, one of them may come out instead.
 
     Examples
     --------
@@ -62,24 +62,32 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     >>> nearest_distances(torch.tensor([[0.0, 1.0]]), gallery)
     (tensor([[1.]]), tensor([[0]]))
     """
+    n_channels = gallery.shape[1]
+    # the fewer rows, the less it costs to keep all products, and the more to gather the
+    # rows of a group
+    group = GROUP if len(gallery) > GROUP * n_channels else 1
     n_groups = n_neighbors + SPARE_GROUPS
-    if len(gallery) <= n_groups * GROUP:
-        firsts = torch.zeros_like(queries[:, :1], dtype=torch.int64)
-        members = torch.arange(len(gallery), device=queries.device)
-    else:
-        firsts = _nearest_groups(queries, gallery, n_groups)
-        members = TILE // GROUP * torch.arange(GROUP, device=queries.device)
-    n_together = on_device(QUERY_CHUNK, queries)
-    found = [
-        rank_candidates(
-            chunk, gallery, (own[:, :, None] + members).flatten(1), n_neighbors
-        )
-        for chunk, own in zip(
-            queries.split(n_together), firsts.split(n_together), strict=True
-        )
-    ]
-    distances, indices = zip(*found, strict=True)
-    return torch.cat(distances), torch.cat(indices)
+    if len(gallery) <= n_groups * group or not len(queries):
+        everything = torch.arange(len(gallery), device=queries.device)
+        everything = everything.expand(len(queries), -1)
+        return rank_candidates(queries, gallery, everything, n_neighbors)
+    closeness, firsts, norms, reach = _nearest_groups(queries, gallery, n_groups, group)
+    members = TILE // group * torch.arange(group, device=queries.device)
+
+    def ranked(rows, n_groups):
+        candidates = (firsts[rows, :n_groups, None] + members).flatten(1)
+        return rank_candidates(queries[rows], gallery, candidates, n_neighbors)
+
+    distances, indices = ranked(slice(None), n_neighbors)
+    # what rounding may take from a product: its bound in float32, and what is seen,
+    # which is more where TF32 is allowed
+    bound = torch.finfo(norms.dtype).eps * n_channels * reach * (norms + reach / 2)
+    seen = closeness[:, 0] - (norms.square() - distances[:, 0].square()) / 2
+    gaps = closeness[:, n_neighbors - 1] - closeness[:, n_neighbors]
+    doubtful = (gaps <= 2 * (bound + seen.abs().max())).nonzero()[:, 0]
+    if len(doubtful):
+        distances[doubtful], indices[doubtful] = ranked(doubtful, n_groups)
+    return distances, indices
 
 
 def on_device(number, like):
@@ -87,52 +95,75 @@ def on_device(number, like):
     return number if like.device.type == "cpu" else 16 * number
 
 
-def _nearest_groups(queries, gallery, n_groups):
-    """Return the first rows (n_queries, n_groups) of the nearest groups of each query.
+def _nearest_groups(queries, gallery, n_groups, group):
+    """Find the nearest groups of rows of each query.
 
-    A tile is folded into GROUP layers; rows that come to lie on each other are a group.
-    The gallery has more than n_groups * GROUP rows.
+    A tile of the gallery is folded into ``group`` layers; rows that come to lie on each
+    other are a group. The gallery has more than ``n_groups * group`` rows.
+
+    Returns
+    -------
+    closeness : torch.Tensor of shape (n_queries, n_groups)
+        Half the squared norm of the centred query less half the least squared distance
+        to each group, in descending order.
+    firsts : torch.Tensor of shape (n_queries, n_groups)
+        First rows of the groups.
+    norms : torch.Tensor of shape (n_queries,)
+        Norms of the centred queries.
+    reach : torch.Tensor of shape ()
+        The largest norm of the centred gallery.
     """
-    n_columns = TILE // GROUP
     n_rows = TILE * max(1, BLOCK_VALUES // (TILE * gallery.shape[1]))
     # far from the origin, squares would swallow the differences in rounding; and one
     # more column lets the product itself subtract half the squared norm of each row
     center = gallery.mean(dim=0)
-    extended = torch.cat([queries - center, -torch.ones_like(queries[:, :1])], dim=1)
-    best = queries.new_full((len(queries), n_groups), -torch.inf)
+    extended = queries.new_empty(len(queries), queries.shape[1] + 1)
+    torch.sub(queries, center, out=extended[:, :-1])
+    extended[:, -1] = -1
+    best = extended.new_full((len(extended), n_groups), -torch.inf)
     groups = torch.zeros_like(best, dtype=torch.int64)
-    n_together = on_device(QUERY_CHUNK, queries)
+    reach = extended.new_zeros(())
+    n_together = on_device(QUERY_CHUNK, extended)
     chunks = [part.split(n_together) for part in (extended, best, groups)]
-    columns = torch.arange(n_columns, device=queries.device)
+    columns = torch.arange(TILE // group, device=extended.device)
     block = extended.new_empty(min(n_rows, len(gallery)), extended.shape[1])
     for start in range(0, len(gallery), n_rows):
         rows = gallery[start : start + n_rows]
         block = block[: len(rows)]  # one buffer for all: fresh memory costs page faults
         torch.sub(rows, center, out=block[:, :-1])
-        block[:, -1] = torch.linalg.vector_norm(block[:, :-1], dim=1) ** 2 / 2
+        norms = torch.linalg.vector_norm(block[:, :-1], dim=1)
+        reach = torch.maximum(reach, norms.max())
+        block[:, -1] = norms**2 / 2
         tiles = block.split(TILE)
         firsts = torch.cat([start + TILE * i + columns for i in range(len(tiles))])
         for chunk, chunk_best, chunk_groups in zip(*chunks, strict=True):
-            maxima = _group_maxima(chunk, tiles)
+            maxima = _group_maxima(chunk, tiles, group)
             own, kept = maxima.topk(min(n_groups, maxima.shape[1]))
-            both = torch.cat([chunk_groups, firsts[kept]], dim=1)
-            chunk_best[:], kept = torch.cat([chunk_best, own], dim=1).topk(n_groups)
-            chunk_groups[:] = both.gather(1, kept)
-    return groups
+            own_groups = firsts[kept]
+            if start:
+                own_groups = torch.cat([chunk_groups, own_groups], dim=1)
+                own, kept = torch.cat([chunk_best, own], dim=1).topk(n_groups)
+                own_groups = own_groups.gather(1, kept)
+            chunk_best[:, : own.shape[1]] = own
+            chunk_groups[:, : own.shape[1]] = own_groups
+    return best, groups, extended[:, :-1].norm(dim=1), reach
 
 
-def _group_maxima(queries, tiles):
+def _group_maxima(queries, tiles, group):
     """Return the greatest product (n_queries, n_groups) of queries with each group."""
-    n_columns = TILE // GROUP
+    n_columns = TILE // group
     maxima = queries.new_empty(len(queries), len(tiles) * n_columns)
     products = queries.new_empty(len(queries), TILE)
     parts = maxima.split(n_columns, dim=1)
     for tile, part in zip(tiles, parts, strict=True):
+        if group == 1:
+            products = part
         # half the squared norm of the query less half the squared distance
         torch.mm(queries, tile.T, out=products[:, : len(tile)])
         if len(tile) < TILE:
             products[:, len(tile) :] = -torch.inf
-        torch.amax(products.view(-1, GROUP, n_columns), dim=1, out=part)
+        if group > 1:
+            torch.amax(products.view(-1, group, n_columns), dim=1, out=part)
     return maxima
 
 

@@ -6,6 +6,7 @@ Gaussian. Images whose descriptions, under many rotations, end up far from its c
 are anomalous, and the gradient of their likelihood tells which pixels are to blame.
 """
 
+import functools
 import math
 import os
 from numbers import Integral, Real
@@ -18,9 +19,16 @@ from sklearn.utils._param_validation import Interval
 from torch import nn
 
 from .._fitting.loop import Samples
+from .._fitting.persistence import without_data
 from .._tensors.filters import gaussian_blur
 from .._tensors.synthesis import rotate
-from ..backbones import Backbone, check_backbone_takes, last_stage, make_backbone
+from ..backbones import (
+    Backbone,
+    check_backbone_takes,
+    last_stage,
+    make_backbone,
+    outline,
+)
 from ..base import NetworkDetector
 
 
@@ -378,30 +386,15 @@ class DifferNet(NetworkDetector):
         return (last_stage(self.backbone) if self.layer is None else self.layer,)
 
     def _build_network(self):
-        backbone, n_features = self._empty_backbone()
-        flow = Flow(n_features, self.n_blocks, self.hidden_features, self.clamp)
+        flow = Flow(
+            _n_features(self.backbone, self._layers, self.n_scales, self.image_shape_),
+            self.n_blocks,
+            self.hidden_features,
+            self.clamp,
+        )
+        with without_data():
+            backbone = Backbone(self.backbone, self._layers)
         return DifferNetwork(backbone, flow, self.n_scales)
-
-    def _empty_backbone(self):
-        """Return the backbone without its weights, and how many features it finds."""
-        height, width, channels = self.image_shape_
-        with torch.device("meta"):
-            backbone = Backbone(self.backbone, self._layers).eval()
-            images = torch.empty(1, channels, height, width)
-            try:
-                features = describe(backbone, images, self.n_scales)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"Images of {height} x {width} pixels are too small for backbone="
-                    f"{self.backbone!r} and n_scales={self.n_scales}. ResizeImages "
-                    "makes them larger."
-                ) from error
-            except ValueError as error:  # the images fit, their smaller scales do not
-                raise ValueError(
-                    f"n_scales={self.n_scales} halves images of {height} x {width} "
-                    f"pixels. {error} n_scales=1 leaves them as they are."
-                ) from None
-        return backbone, features.shape[1]
 
     def _optimizer(self, part):
         return torch.optim.Adam(
@@ -415,7 +408,7 @@ class DifferNet(NetworkDetector):
 
     def _check_settings(self):
         check_backbone_takes(self.backbone, self.image_shape_)
-        self._empty_backbone()
+        _n_features(self.backbone, self._layers, self.n_scales, self.image_shape_)
 
     def _learn(self, images, labels, progress):
         self._begin(images.device, progress, self._build_pretrained)
@@ -484,6 +477,27 @@ class DifferNet(NetworkDetector):
 
     def _why_not_exported(self):
         return "its maps are gradients, and ONNX graphs only go forward"
+
+
+@functools.cache
+def _n_features(backbone, layers, n_scales, image_shape):
+    """Return how many features describe images of a shape (h, w, c)."""
+    height, width, channels = image_shape
+    try:
+        with torch.device("meta"):
+            images = torch.empty(1, channels, height, width)
+            features = describe(outline(backbone, layers), images, n_scales)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Images of {height} x {width} pixels are too small for backbone="
+            f"{backbone!r} and n_scales={n_scales}. ResizeImages makes them larger."
+        ) from error
+    except ValueError as error:  # the images fit, their smaller scales do not
+        raise ValueError(
+            f"n_scales={n_scales} halves images of {height} x {width} pixels. {error} "
+            "n_scales=1 leaves them as they are."
+        ) from None
+    return features.shape[1]
 
 
 def _negative_log_likelihood(latent, log_determinants):

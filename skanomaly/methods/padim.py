@@ -206,7 +206,9 @@ class PaDiM(PatchwiseDetector):
             own = self.channels_ - first
             first += maps.shape[1]
             own = torch.from_numpy(own[(own >= 0) & (own < maps.shape[1])])
-            parts.append(F.interpolate(maps[:, own.to(maps.device)], size))
+            # channels stay last, where the distances want them
+            drawn = maps.permute(0, 2, 3, 1).index_select(3, own.to(maps.device))
+            parts.append(F.interpolate(drawn.permute(0, 3, 1, 2), size))
         return torch.cat(parts, dim=1).permute(0, 2, 3, 1)
 
     def _judge(self, images, *, maps_wanted, generator):
@@ -258,9 +260,10 @@ def mahalanobis(patches, mean, whitening):
     torch.Tensor of shape (b, rows, columns)
         Distances.
     """
-    centred = (patches - mean).flatten(1, 2).transpose(0, 1)  # (positions, b, d)
-    whitened = centred @ whitening.flatten(0, 1).mT
-    return whitened.norm(dim=2).T.reshape(patches.shape[:3])
+    centred = (patches - mean).flatten(1, 2).permute(1, 2, 0)  # (positions, d, b)
+    # in this order one image takes half the time that it does in the other
+    whitened = whitening.flatten(0, 1) @ centred
+    return whitened.norm(dim=1).T.reshape(patches.shape[:3])
 
 
 def inverse_factors(moments):

@@ -121,6 +121,28 @@ def test_autocast_does_not_lower_the_precision(function, random_images):
         assert function(images.bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("padding", ["reflect", "zeros"])
+def test_gradients_of_a_blur_in_blocks_are_those_of_a_convolution(padding):
+    images = torch.rand(2, 70, 9, generator=torch.Generator().manual_seed(0)).double()
+    weights = torch.rand(2, 70, 9, generator=torch.Generator().manual_seed(1)).double()
+    images.requires_grad_()
+    blurred = gaussian_blur(images, 1.5, radius=3, padding=padding)
+    (found,) = torch.autograd.grad((weights * blurred).sum(), images)
+
+    kernel = torch.exp(-0.5 * (torch.arange(-3, 4.0).double() / 1.5) ** 2)
+    kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
+    if padding == "zeros":
+        padded = torch.nn.functional.pad(images, (3, 3, 3, 3))
+    else:  # mirrored with the outermost pixels, which torch's padding leaves out
+        rows = [2, 1, 0, *range(70), 69, 68, 67]
+        columns = [2, 1, 0, *range(9), 8, 7, 6]
+        padded = images[:, rows][:, :, columns]
+    expected = torch.nn.functional.conv2d(padded[:, None], kernel[None, None])[:, 0]
+    torch.testing.assert_close(blurred, expected)
+    (expected,) = torch.autograd.grad((weights * expected).sum(), images)
+    torch.testing.assert_close(found, expected)
+
+
 def test_mean_filter_without_padding_averages_the_pixels_inside():
     images = torch.rand(2, 7, 9, generator=torch.Generator().manual_seed(0))
     found = mean_filter(images, 5, padding="none")

@@ -98,6 +98,16 @@ def test_equal_vectors_have_distance_zero(spread, offset):
     torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("n_rows", [300, 1500])  # compared one by one, and in groups
+def test_rows_that_a_product_cannot_tell_apart_are_told_apart(n_rows):
+    generator = torch.Generator().manual_seed(0)
+    rows, noise = torch.randn(2, n_rows, 64, generator=generator)
+    gallery = torch.cat([rows, rows + 1e-4 * noise])
+    distances, indices = nearest_distances(rows, gallery)
+    assert (distances == 0).all()
+    assert (indices[:, 0] == torch.arange(n_rows)).all()
+
+
 def test_duplicates_all_have_distance_zero():
     vector = 100 * torch.rand(1, 32, generator=torch.Generator().manual_seed(0))
     distances, _ = nearest_distances(vector, vector.repeat(1100, 1), n_neighbors=5)
