@@ -7,8 +7,8 @@ masks. It turns an image into its healthy version; the difference shows the dise
 """
 
 # %%
-# Synthetic images of two elliptic contours: in diseased images the inner one is shrunk.
-# No image has a healthy counterpart in the training set.
+# Synthetic images of two ellipses on waves: in diseased images the small one is shrunk,
+# and the waves around it. No image has a healthy counterpart in the training set.
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -567,7 +567,7 @@ def make_ellipses(
     size: int = 64,
     random_state: int | np.random.RandomState | None = 0,
 ) -> Bunch:
-    """Make images of two elliptic contours, one of them shrunk in diseased images.
+    """Make images of two ellipses, the small one shrunk in diseased images.
 
     For methods that learn from labels. The healthy version of every test image is
     known.
@@ -607,15 +607,21 @@ def make_ellipses(
 
     Notes
     -----
-    After the synthetic set of [1]_. The background is the mean of two concentric waves.
-    On it lie the contour of a large ellipse and, inside of that, of a small one. In a
-    diseased image the small contour is shrunk: what is shown at a point is taken from
-    the point displaced by the negative gradient of a Gaussian around the contour's
-    centre. Displacements measure at most a twentieth of the image's width.
+    After the synthetic set of [1]_. Lengths are in pixels of an image of 256, and scale
+    with `size`. The contours of two ellipses, some 5 pixels wide with soft edges, lie
+    apart and within the image, their centres more than 120 pixels from each other.
+    Semi-axes are normal with means 40 and 20, and 70 and 35, and standard deviation 1.
+    The background is the sum of concentric waves around both centres.
+
+    In a diseased image what lies around the small ellipse is shrunk, the waves of the
+    background included: what is shown at a point is taken from the point displaced by
+    the negative gradient of a Gaussian around the ellipse's centre. The Gaussian's
+    standard deviation is 24 pixels, and displacements measure 13 at most.
 
     Training images are not paired: a healthy and a diseased image differ in background
     and ellipses, too. Grey levels of both classes are scaled alike, and not image by
-    image, so that they do not tell the classes apart.
+    image as the published script does it with one class, so that they do not tell the
+    classes apart.
 
     References
     ----------
@@ -649,37 +655,71 @@ def make_ellipses(
 
 def _ellipse_images(rng, labels, size):
     """Return images (n, size, size, 1) and their healthy versions, uint8."""
-    grid = (np.mgrid[:size, :size] + 0.5) / size
+    fine = max(1, 128 // size)  # a grid of 128 points or more misses no wave
+    y, x = (np.mgrid[: fine * size, : fine * size] + 0.5) * 256 / (fine * size)
+    grid = x + 1j * y
     images, healthy = np.empty((2, len(labels), size, size, 1), np.uint8)
     for image, healthy_image, label in zip(images, healthy, labels, strict=True):
-        background = 70 + 25 * (_waves(rng, *grid) + _waves(rng, *grid))
-        offsets = grid - rng.uniform(0.42, 0.58, (2, 1, 1))
-        large = _contour(offsets, rng.uniform(0.3, 0.4, 2), rng.uniform(0, np.pi))
-        offsets = offsets - rng.uniform(-0.07, 0.07, (2, 1, 1))
-        axes = rng.uniform(0.85, 1.15) * np.array([40, 20]) / 256
-        angle = rng.uniform(0, np.pi)
-        small = _contour(offsets, axes, angle)
-        shrunk = _contour(_displaced(offsets), axes, angle)
-        for result, inner in (
-            (healthy_image, small),
-            (image, small if label == 1 else shrunk),
-        ):
-            opacity = np.maximum(large, inner)
-            result[..., 0] = np.rint(background + opacity * (220 - background))
+        ellipses = _ellipses_apart(rng)
+        thickness = rng.normal(5, 0.7, 2)
+        waves = rng.uniform([[0.2, 0.2], [0.35, 0.2]], [[0.35, 0.4], [0.5, 0.4]])
+        displaced = grid if label == 1 else _displaced(grid, ellipses[0][0])
+        for result, points in ((healthy_image, grid), (image, displaced)):
+            levels = _paint_ellipses(points, ellipses, thickness, waves)
+            levels = levels.reshape(size, fine, size, fine).mean(axis=(1, 3))
+            result[..., 0] = np.rint(127.5 * (1 + levels))
     return images, healthy
 
 
-def _contour(offsets, axes, angle):
-    """Return the opacity of an ellipse's contour; lengths are fractions of the side."""
-    sine, cosine = np.sin(angle), np.cos(angle)
-    y, x = np.tensordot([[cosine, sine], [-sine, cosine]], offsets, axes=1)
-    slope = 2 * np.hypot(y / axes[0] ** 2, x / axes[1] ** 2)
-    level = (y / axes[0]) ** 2 + (x / axes[1]) ** 2 - 1
-    distance = np.abs(level) / np.maximum(slope, 1e-9)
-    return np.clip((2.5 / 256 - distance) * offsets.shape[-1] + 0.5, 0, 1)
+def _ellipses_apart(rng):
+    """Draw centre, semi-axes and direction of a small and of a large ellipse."""
+    circle = np.exp(2j * np.pi * np.linspace(0, 1, 100))
+    while True:
+        small, large = (
+            (
+                complex(*rng.uniform(50, 200, 2)),
+                rng.normal(means, 1),
+                np.exp(1j * rng.uniform(0, np.pi)),
+            )
+            for means in ((40, 20), (70, 35))
+        )
+        outlines = [
+            centre + direction * (circle.real * axes[0] + 1j * circle.imag * axes[1])
+            for centre, axes, direction in (small, large)
+        ]
+        edges = np.stack(outlines).view(float)
+        if (
+            abs(small[0] - large[0]) > 120
+            and 0 < edges.min() < edges.max() < 256
+            and np.abs(_in_frame(outlines[0], *large)).min() > 1
+        ):
+            return small, large
 
 
-def _displaced(offsets, sigma=0.095, largest=0.05):
+def _in_frame(points, centre, axes, direction):
+    """Return points as an ellipse has them, which is the unit circle there."""
+    turned = (points - centre) / direction
+    return turned.real / axes[0] + 1j * turned.imag / axes[1]
+
+
+def _paint_ellipses(points, ellipses, thickness, waves):
+    """Return the levels at points, from -1 to 1: contours on concentric waves."""
+    background, opacity = 0.0, 0.0
+    for ellipse, width, wave in zip(ellipses, thickness, waves, strict=True):
+        centre, axes, _ = ellipse
+        frequency, height = wave
+        background += height * np.sin(frequency * np.abs(points - centre))
+        inside = _in_frame(points, *ellipse)
+        radius = np.abs(inside)
+        slope = np.hypot(inside.real / axes[0], inside.imag / axes[1])
+        depth = radius * (1 - radius) / np.maximum(slope, 1e-9)  # in pixels
+        off_middle = np.abs(depth - width / 2)
+        opacity = np.maximum(opacity, np.clip((width / 2 - off_middle) / 3 + 0.5, 0, 1))
+    return background + opacity * (1 - background)
+
+
+def _displaced(points, centre, sigma=24.32, largest=12.8):
     """Follow the negative gradient of a Gaussian, which is steepest at sigma."""
-    distance = np.hypot(*offsets) / sigma
-    return offsets * (1 + largest / sigma * np.exp((1 - distance**2) / 2))
+    offsets = points - centre
+    distance = np.abs(offsets) / sigma
+    return points + offsets * largest / sigma * np.exp((1 - distance**2) / 2)
