@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -556,6 +556,7 @@ def _cross(y, x):
         "n_train": [Interval(Integral, 2, None, closed="left")],
         "n_test": [Interval(Integral, 2, None, closed="left")],
         "size": [Interval(Integral, 32, 256, closed="both")],
+        "arrangement": [StrOptions({"apart", "nested"})],
         "random_state": ["random_state"],
     },
     prefer_skip_nested_validation=True,
@@ -565,6 +566,7 @@ def make_ellipses(
     n_train: int = 400,
     n_test: int = 80,
     size: int = 64,
+    arrangement: Literal["apart", "nested"] = "apart",
     random_state: int | np.random.RandomState | None = 0,
 ) -> Bunch:
     """Make images of two ellipses, the small one shrunk in diseased images.
@@ -580,6 +582,9 @@ def make_ellipses(
         Number of test images. Every second one is diseased.
     size : int, default=64
         Height and width of the images in pixels, from 32 to 256.
+    arrangement : {"apart", "nested"}, default="apart"
+        Where the small ellipse lies: beside the large one, as in the paper's set, or
+        inside of it, alone shrunk before a still background, which is far easier.
     random_state : int, RandomState instance or None, default=0
         Draws backgrounds and contours. Pass an int for the same images in every call.
 
@@ -618,6 +623,9 @@ def make_ellipses(
     the negative gradient of a Gaussian around the ellipse's centre. The Gaussian's
     standard deviation is 24 pixels, and displacements measure 13 at most.
 
+    Nested ellipses are a departure: the small one, whose size varies by 15 %, lies
+    inside of the large one, waves are fainter, and only the small contour is displaced.
+
     Training images are not paired: a healthy and a diseased image differ in background
     and ellipses, too. Grey levels of both classes are scaled alike, and not image by
     image as the published script does it with one class, so that they do not tell the
@@ -639,8 +647,9 @@ def make_ellipses(
     """
     rng = check_random_state(random_state)
     y_train, y_test = (np.where(np.arange(n) % 2, -1, 1) for n in (n_train, n_test))
-    X_train, _ = _ellipse_images(rng, y_train, size)
-    X_test, healthy = _ellipse_images(rng, y_test, size)
+    images = _ellipse_images if arrangement == "apart" else _nested_ellipse_images
+    X_train, _ = images(rng, y_train, size)
+    X_test, healthy = images(rng, y_test, size)
     differences = (X_test.astype(np.float32) - healthy)[..., 0] / 255
     return Bunch(
         X_train=X_train,
@@ -723,3 +732,41 @@ def _displaced(points, centre, sigma=24.32, largest=12.8):
     offsets = points - centre
     distance = np.abs(offsets) / sigma
     return points + offsets * largest / sigma * np.exp((1 - distance**2) / 2)
+
+
+def _nested_ellipse_images(rng, labels, size):
+    """Return images (n, size, size, 1) and their healthy versions, uint8."""
+    grid = (np.mgrid[:size, :size] + 0.5) / size
+    images, healthy = np.empty((2, len(labels), size, size, 1), np.uint8)
+    for image, healthy_image, label in zip(images, healthy, labels, strict=True):
+        background = 70 + 25 * (_waves(rng, *grid) + _waves(rng, *grid))
+        offsets = grid - rng.uniform(0.42, 0.58, (2, 1, 1))
+        large = _contour(offsets, rng.uniform(0.3, 0.4, 2), rng.uniform(0, np.pi))
+        offsets = offsets - rng.uniform(-0.07, 0.07, (2, 1, 1))
+        axes = rng.uniform(0.85, 1.15) * np.array([40, 20]) / 256
+        angle = rng.uniform(0, np.pi)
+        small = _contour(offsets, axes, angle)
+        shrunk = _contour(_shrunk(offsets), axes, angle)
+        for result, inner in (
+            (healthy_image, small),
+            (image, small if label == 1 else shrunk),
+        ):
+            opacity = np.maximum(large, inner)
+            result[..., 0] = np.rint(background + opacity * (220 - background))
+    return images, healthy
+
+
+def _contour(offsets, axes, angle):
+    """Return the opacity of an ellipse's contour; lengths are fractions of the side."""
+    sine, cosine = np.sin(angle), np.cos(angle)
+    y, x = np.tensordot([[cosine, sine], [-sine, cosine]], offsets, axes=1)
+    slope = 2 * np.hypot(y / axes[0] ** 2, x / axes[1] ** 2)
+    level = (y / axes[0]) ** 2 + (x / axes[1]) ** 2 - 1
+    distance = np.abs(level) / np.maximum(slope, 1e-9)
+    return np.clip((2.5 / 256 - distance) * offsets.shape[-1] + 0.5, 0, 1)
+
+
+def _shrunk(offsets, sigma=0.095, largest=0.05):
+    """Follow the negative gradient of a Gaussian, which is steepest at sigma."""
+    distance = np.hypot(*offsets) / sigma
+    return offsets * (1 + largest / sigma * np.exp((1 - distance**2) / 2))

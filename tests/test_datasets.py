@@ -701,6 +701,7 @@ def test_shapes_are_masked_where_they_are_a_cross():
     [
         (make_moving_shapes, {"n_videos_train": 1, "n_videos_test": 1}),
         (make_ellipses, {"n_train": 4, "n_test": 4}),
+        (make_ellipses, {"n_train": 4, "n_test": 4, "arrangement": "nested"}),
     ],
 )
 def test_synthetic_sets_are_seeded(make, params):
@@ -718,6 +719,7 @@ def test_synthetic_sets_check_their_parameters():
         (make_moving_shapes, {"n_frames": 19}),
         (make_moving_shapes, {"n_shapes": 0}),
         (make_ellipses, {"size": 257}),
+        (make_ellipses, {"arrangement": "beside"}),
         (make_ellipses, {"n_test": 1}),
     ):
         with pytest.raises(ValueError, match=next(iter(params))):
@@ -794,6 +796,25 @@ def test_shrunk_ellipse_equals_slow_reference():
         # most of what differs is background in either version
         waves = (image < 0.9) & (healthy < 0.9)
         assert waves[data.masks_test[row]].mean() > 0.5
+
+
+@pytest.mark.parametrize("size", [32, 64, 255])
+def test_nested_ellipses_differ_in_the_inner_contour(size):
+    data = make_ellipses(n_train=2, n_test=12, size=size, arrangement="nested")
+    assert data.X_train.shape == (2, size, size, 1)
+    assert data.X_test.dtype == data.healthy_test.dtype == np.uint8
+    assert data.y_test.tolist() == [1, -1] * 6
+    differences = (data.X_test.astype(float) - data.healthy_test)[..., 0] / 255
+    assert_array_equal(data.differences_test, differences.astype(np.float32))
+    assert_array_equal(data.masks_test, np.abs(2 * data.differences_test) > 0.44195)
+    assert_array_equal(data.masks_test.any(axis=(1, 2)), data.y_test == -1)
+    assert not data.differences_test[data.y_test == 1].any()
+
+    for difference in data.differences_test[data.y_test == -1]:
+        before, after = (np.argwhere(sign * difference > 0.2) for sign in (-1, 1))
+        assert before.mean(axis=0) == pytest.approx(after.mean(axis=0), abs=size / 50)
+        extent = np.ptp(after, axis=0).max() / np.ptp(before, axis=0).max()
+        assert 0.5 < extent < 0.9
 
 
 def test_a_painter_of_another_healthy_size_is_nearly_perfect():
