@@ -43,6 +43,7 @@ def parse_arguments():
     parser.add_argument("--data", type=Path, help="folder of the sets")
     parser.add_argument("--category", help="name of the set")
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--arrangement", choices=["apart", "nested"], default="apart")
     parser.add_argument("--folds", type=int, default=3)
     add_training_arguments(parser)
     return parser.parse_args()
@@ -50,7 +51,7 @@ def parse_arguments():
 
 def measure_ellipses(options, seed):
     """Train on healthy and deformed ellipses; compare maps with the differences."""
-    data = make_ellipses(size=options.size)
+    data = make_ellipses(size=options.size, arrangement=options.arrangement)
     started = time.perf_counter()
     detector = DeScarGAN(random_state=seed, **options.params)
     detector.fit(data.X_train, data.y_train)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -556,6 +556,7 @@ def _cross(y, x):
         "n_train": [Interval(Integral, 2, None, closed="left")],
         "n_test": [Interval(Integral, 2, None, closed="left")],
         "size": [Interval(Integral, 32, 256, closed="both")],
+        "arrangement": [StrOptions({"apart", "nested"})],
         "random_state": ["random_state"],
     },
     prefer_skip_nested_validation=True,
@@ -565,9 +566,10 @@ def make_ellipses(
     n_train: int = 400,
     n_test: int = 80,
     size: int = 64,
+    arrangement: Literal["apart", "nested"] = "apart",
     random_state: int | np.random.RandomState | None = 0,
 ) -> Bunch:
-    """Make images of two elliptic contours, one of them shrunk in diseased images.
+    """Make images of two ellipses, the small one shrunk in diseased images.
 
     For methods that learn from labels. The healthy version of every test image is
     known.
@@ -580,6 +582,9 @@ def make_ellipses(
         Number of test images. Every second one is diseased.
     size : int, default=64
         Height and width of the images in pixels, from 32 to 256.
+    arrangement : {"apart", "nested"}, default="apart"
+        Where the small ellipse lies: beside the large one, as in the paper's set, or
+        inside of it, alone shrunk before a still background, which is far easier.
     random_state : int, RandomState instance or None, default=0
         Draws backgrounds and contours. Pass an int for the same images in every call.
 
@@ -607,15 +612,24 @@ def make_ellipses(
 
     Notes
     -----
-    After the synthetic set of [1]_. The background is the mean of two concentric waves.
-    On it lie the contour of a large ellipse and, inside of that, of a small one. In a
-    diseased image the small contour is shrunk: what is shown at a point is taken from
-    the point displaced by the negative gradient of a Gaussian around the contour's
-    centre. Displacements measure at most a twentieth of the image's width.
+    After the synthetic set of [1]_. Lengths are in pixels of an image of 256, and scale
+    with `size`. The contours of two ellipses, some 5 pixels wide with soft edges, lie
+    apart and within the image, their centres more than 120 pixels from each other.
+    Semi-axes are normal with means 40 and 20, and 70 and 35, and standard deviation 1.
+    The background is the sum of concentric waves around both centres.
+
+    In a diseased image what lies around the small ellipse is shrunk, the waves of the
+    background included: what is shown at a point is taken from the point displaced by
+    the negative gradient of a Gaussian around the ellipse's centre. The Gaussian's
+    standard deviation is 24 pixels, and displacements measure 13 at most.
+
+    Nested ellipses are a departure: the small one, whose size varies by 15 %, lies
+    inside of the large one, waves are fainter, and only the small contour is displaced.
 
     Training images are not paired: a healthy and a diseased image differ in background
     and ellipses, too. Grey levels of both classes are scaled alike, and not image by
-    image, so that they do not tell the classes apart.
+    image as the published script does it with one class, so that they do not tell the
+    classes apart.
 
     References
     ----------
@@ -633,8 +647,9 @@ def make_ellipses(
     """
     rng = check_random_state(random_state)
     y_train, y_test = (np.where(np.arange(n) % 2, -1, 1) for n in (n_train, n_test))
-    X_train, _ = _ellipse_images(rng, y_train, size)
-    X_test, healthy = _ellipse_images(rng, y_test, size)
+    images = _ellipse_images if arrangement == "apart" else _nested_ellipse_images
+    X_train, _ = images(rng, y_train, size)
+    X_test, healthy = images(rng, y_test, size)
     differences = (X_test.astype(np.float32) - healthy)[..., 0] / 255
     return Bunch(
         X_train=X_train,
@@ -649,6 +664,78 @@ def make_ellipses(
 
 def _ellipse_images(rng, labels, size):
     """Return images (n, size, size, 1) and their healthy versions, uint8."""
+    fine = max(1, 128 // size)  # a grid of 128 points or more misses no wave
+    y, x = (np.mgrid[: fine * size, : fine * size] + 0.5) * 256 / (fine * size)
+    grid = x + 1j * y
+    images, healthy = np.empty((2, len(labels), size, size, 1), np.uint8)
+    for image, healthy_image, label in zip(images, healthy, labels, strict=True):
+        ellipses = _ellipses_apart(rng)
+        thickness = rng.normal(5, 0.7, 2)
+        waves = rng.uniform([[0.2, 0.2], [0.35, 0.2]], [[0.35, 0.4], [0.5, 0.4]])
+        displaced = grid if label == 1 else _displaced(grid, ellipses[0][0])
+        for result, points in ((healthy_image, grid), (image, displaced)):
+            levels = _paint_ellipses(points, ellipses, thickness, waves)
+            levels = levels.reshape(size, fine, size, fine).mean(axis=(1, 3))
+            result[..., 0] = np.rint(127.5 * (1 + levels))
+    return images, healthy
+
+
+def _ellipses_apart(rng):
+    """Draw centre, semi-axes and direction of a small and of a large ellipse."""
+    circle = np.exp(2j * np.pi * np.linspace(0, 1, 100))
+    while True:
+        small, large = (
+            (
+                complex(*rng.uniform(50, 200, 2)),
+                rng.normal(means, 1),
+                np.exp(1j * rng.uniform(0, np.pi)),
+            )
+            for means in ((40, 20), (70, 35))
+        )
+        outlines = [
+            centre + direction * (circle.real * axes[0] + 1j * circle.imag * axes[1])
+            for centre, axes, direction in (small, large)
+        ]
+        edges = np.stack(outlines).view(float)
+        if (
+            abs(small[0] - large[0]) > 120
+            and 0 < edges.min() < edges.max() < 256
+            and np.abs(_in_frame(outlines[0], *large)).min() > 1
+        ):
+            return small, large
+
+
+def _in_frame(points, centre, axes, direction):
+    """Return points as an ellipse has them, which is the unit circle there."""
+    turned = (points - centre) / direction
+    return turned.real / axes[0] + 1j * turned.imag / axes[1]
+
+
+def _paint_ellipses(points, ellipses, thickness, waves):
+    """Return the levels at points, from -1 to 1: contours on concentric waves."""
+    background, opacity = 0.0, 0.0
+    for ellipse, width, wave in zip(ellipses, thickness, waves, strict=True):
+        centre, axes, _ = ellipse
+        frequency, height = wave
+        background += height * np.sin(frequency * np.abs(points - centre))
+        inside = _in_frame(points, *ellipse)
+        radius = np.abs(inside)
+        slope = np.hypot(inside.real / axes[0], inside.imag / axes[1])
+        depth = radius * (1 - radius) / np.maximum(slope, 1e-9)  # in pixels
+        off_middle = np.abs(depth - width / 2)
+        opacity = np.maximum(opacity, np.clip((width / 2 - off_middle) / 3 + 0.5, 0, 1))
+    return background + opacity * (1 - background)
+
+
+def _displaced(points, centre, sigma=24.32, largest=12.8):
+    """Follow the negative gradient of a Gaussian, which is steepest at sigma."""
+    offsets = points - centre
+    distance = np.abs(offsets) / sigma
+    return points + offsets * largest / sigma * np.exp((1 - distance**2) / 2)
+
+
+def _nested_ellipse_images(rng, labels, size):
+    """Return images (n, size, size, 1) and their healthy versions, uint8."""
     grid = (np.mgrid[:size, :size] + 0.5) / size
     images, healthy = np.empty((2, len(labels), size, size, 1), np.uint8)
     for image, healthy_image, label in zip(images, healthy, labels, strict=True):
@@ -659,7 +746,7 @@ def _ellipse_images(rng, labels, size):
         axes = rng.uniform(0.85, 1.15) * np.array([40, 20]) / 256
         angle = rng.uniform(0, np.pi)
         small = _contour(offsets, axes, angle)
-        shrunk = _contour(_displaced(offsets), axes, angle)
+        shrunk = _contour(_shrunk(offsets), axes, angle)
         for result, inner in (
             (healthy_image, small),
             (image, small if label == 1 else shrunk),
@@ -679,7 +766,7 @@ def _contour(offsets, axes, angle):
     return np.clip((2.5 / 256 - distance) * offsets.shape[-1] + 0.5, 0, 1)
 
 
-def _displaced(offsets, sigma=0.095, largest=0.05):
+def _shrunk(offsets, sigma=0.095, largest=0.05):
     """Follow the negative gradient of a Gaussian, which is steepest at sigma."""
     distance = np.hypot(*offsets) / sigma
     return offsets * (1 + largest / sigma * np.exp((1 - distance**2) / 2))

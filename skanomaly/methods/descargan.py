@@ -259,7 +259,9 @@ class DeScarGAN(NetworkDetector):
       hyperbolic tangent. These are 1,152 and 4 parameters less.
     - The penalty is that of the mean over the patches, which the code sums, so that it
       does not depend on the size of the images. It stands outside the weight of the
-      critics' loss, as in the code.
+      critics' loss, as in the code. On ``make_ellipses`` at 64 pixels, after 16 epochs
+      of one seed, the pixel AUROC was 0.587 with the mean and 0.646 with the sum:
+      neither had learned.
     - Patches are as many as in the figure; the code pads them.
     - In each batch, which is drawn from all images, both classes count alike in the
       losses on real images, in cycle and in identity, however many images they have.
@@ -277,7 +279,8 @@ class DeScarGAN(NetworkDetector):
       times; for 256 pixels it is that of the paper. Images are padded by replication.
 
     On a processor, images of 64 pixels, ``width=12``, ``critic_width=12``,
-    ``n_critic=2``, ``batch_size=8`` and ``learning_rate=5e-4`` are a good start.
+    ``n_critic=2``, ``batch_size=8`` and ``learning_rate=5e-4`` are a start. A
+    classifier that gives all images the same probability wants a smaller rate.
 
     References
     ----------

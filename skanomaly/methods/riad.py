@@ -117,21 +117,24 @@ class RIAD(NetworkDetector):
 
     Notes
     -----
-    The paper's text was not at hand, and its authors published no code; the settings
-    are those that public ports agree on. Where these differ:
+    Of the paper only its equations were at hand, as a public summary quotes them, and
+    its authors published no code; the settings are those that public ports agree on.
+    Where these differ:
 
-    - The maps of all cell sizes count alike. One port divides by the number of cells.
+    - The maps of all cell sizes count alike, as the paper has it. One port divides by
+      the number of cells.
     - Gradients are compared channel by channel, and for values in [0, 1], for which
       the constants of both similarities were made. The mean squared error is that of
       values in [-1, 1], as in all ports.
     - Beyond the border the gradient repeats the last pixel, and the mean filter
-      averages over fewer pixels.
+      averages over fewer pixels. Zeros in either place moved no image AUROC where it
+      was measured.
     - Images are padded by replication to a multiple of 16 pixels.
 
     The same masks are drawn for every image and every call after one fit. The masked
     copies of an image pass the network as one batch, whose statistics they share. The
-    loss of an early stop is the mean over all cell sizes. Maps are averaged with a box;
-    a port's Gaussian is not offered.
+    loss of an early stop is the mean over all cell sizes. Maps are averaged with a box,
+    the paper's mean filter; a port's Gaussian is not offered.
 
     On a processor, images of 64 pixels, ``width=16``, ``cell_sizes=(2, 4, 8)``,
     ``learning_rate=1e-3``, ``max_epochs=50`` and ``n_iter_no_change=None`` are a good
