@@ -9,8 +9,6 @@ from ._fitting.persistence import forget, shared_tensor
 from ._tensors.filters import mean_filter, scaled_size
 from .base import NetworkDetector
 
-FLOOR = 0.1  # of the mean error, which may be near 0 on a plain background
-
 
 class MapScoredDetector(NetworkDetector):
     """Base of detectors whose paper scores images by other than the smoothed maximum.
@@ -23,7 +21,7 @@ class MapScoredDetector(NetworkDetector):
     _parameter_constraints = {
         **NetworkDetector._parameter_constraints,
         "smoothing_size": [Interval(Integral, 1, None, closed="left")],
-        "reference": [StrOptions({"training", "ratio", "none"})],
+        "reference": [StrOptions({"training", "none"})],
     }
 
     _judged_by = ("image_score", "smoothing_size")
@@ -49,12 +47,8 @@ class MapScoredDetector(NetworkDetector):
         by_map = self.image_score == "max"
         if not (by_map or maps_wanted):
             return degrees, None
-        if self.reference != "none":
-            mean = shared_tensor(self.mean_map_).to(maps.device)
-            if self.reference == "ratio":
-                maps = maps / (mean + FLOOR * mean.mean())
-            else:
-                maps = maps - mean
+        if self.reference == "training":
+            maps = maps - shared_tensor(self.mean_map_).to(maps.device)
         size = scaled_size(self.smoothing_size, maps)
         maps = mean_filter(maps.flatten(0, -3), size, padding="none").view(maps.shape)
         return maps.flatten(1).amax(dim=1) if by_map else degrees, maps

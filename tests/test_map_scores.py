@@ -44,17 +44,6 @@ def test_the_mean_training_map_is_subtracted(fitted):
     )
 
 
-def test_maps_are_divided_by_the_mean_training_map(fitted):
-    detector, X = fitted
-    mean = detector.mean_map_
-    divided = copy.deepcopy(detector).set_params(reference="ratio").fit(X)
-    np.testing.assert_allclose(divided.mean_map_, mean, rtol=1e-4)
-    expected = maps_without_reference(detector, X) / (mean + mean.mean() / 10)
-    np.testing.assert_allclose(
-        divided.localize(X), expected, atol=1e-5 * expected.max()
-    )
-
-
 def test_the_maximum_is_that_of_the_smoothed_map(fitted):
     detector, X = fitted
     asked = copy.deepcopy(detector).set_params(image_score="max", smoothing_size=48)

@@ -147,10 +147,9 @@ class MemAE(MapScoredDetector):
     smoothing_size : int, default=1
         Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
         It scales with the size of the images; 1 leaves them as they are.
-    reference : {"none", "training", "ratio"}, default="none"
-        What maps are compared with. "training" subtracts the mean map of the training
-        images; "ratio" divides by it, plus a tenth of its mean, so that a place counts
-        less where good images have large errors, too.
+    reference : {"none", "training"}, default="none"
+        What is subtracted from the maps: nothing, or the mean map of the training
+        images.
     clip_length : int, default=None
         Number T of images a clip, where X holds clips (n, T, H, W, C), (n, T, H, W) or
         their rows; the paper has 16. Maps are then of shape (n, T, H, W). None where X
@@ -196,8 +195,8 @@ class MemAE(MapScoredDetector):
     item_usage_ : numpy.ndarray of shape (n_items,)
         Mean weight of each item over the training images.
     mean_map_ : numpy.ndarray of shape (H, W) or (T, H, W)
-        Mean map of the training images before it is smoothed; absent
-        with ``reference="none"``.
+        Mean map of the training images before it is smoothed; only with
+        ``reference="training"``.
     loss_curve_ : list of float
         Mean training loss of every epoch.
     validation_curve_ : list of float

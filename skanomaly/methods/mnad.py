@@ -166,10 +166,9 @@ class MNAD(MapScoredDetector):
     smoothing_size : int, default=1
         Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
         It scales with the size of the images; 1 leaves them as they are.
-    reference : {"none", "training", "ratio"}, default="none"
-        What maps are compared with. "training" subtracts the mean map of the training
-        images; "ratio" divides by it, plus a tenth of its mean, so that a place counts
-        less where good images have large errors, too.
+    reference : {"none", "training"}, default="none"
+        What is subtracted from the maps: nothing, or the mean map of the training
+        images.
     update_at_test : bool, default=False
         Whether the memory goes on to be written while images are scored, one by one.
         Scores then depend on the order of the images in a call, and on the images
@@ -222,8 +221,8 @@ class MNAD(MapScoredDetector):
         Smallest and largest peak signal-to-noise ratio in decibels, and distance from
         the items, of the training images. Scores are relative to them.
     mean_map_ : numpy.ndarray of shape (H, W)
-        Mean map of the training images before it is smoothed; absent
-        with ``reference="none"``.
+        Mean map of the training images before it is smoothed; only with
+        ``reference="training"``.
     loss_curve_ : list of float
         Mean training loss of every epoch.
     validation_curve_ : list of float

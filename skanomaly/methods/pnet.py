@@ -145,10 +145,9 @@ class PNet(MapScoredDetector):
     smoothing_size : int, default=1
         Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
         It scales with the size of the images; 1 leaves them as they are.
-    reference : {"none", "training", "ratio"}, default="none"
-        What maps are compared with. "training" subtracts the mean map of the training
-        images; "ratio" divides by it, plus a tenth of its mean, so that a place counts
-        less where good images have large errors, too.
+    reference : {"none", "training"}, default="none"
+        What is subtracted from the maps: nothing, or the mean map of the training
+        images.
     width : int, default=64
         Number of channels of the first layers; deeper ones have up to eight times as
         many.
@@ -194,8 +193,8 @@ class PNet(MapScoredDetector):
     network_ : torch.nn.ModuleDict
         The trained networks.
     mean_map_ : numpy.ndarray of shape (H, W)
-        Mean map of the training images before it is smoothed; absent
-        with ``reference="none"``.
+        Mean map of the training images before it is smoothed; only with
+        ``reference="training"``.
     structure_loss_curve_ : list of float
         Mean training loss of every epoch of the structure extractor.
     loss_curve_ : list of float

@@ -69,10 +69,9 @@ class SMAI(MapScoredDetector):
     smoothing_size : int, default=21
         Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
         It scales with the size of the images; 1 leaves them as they are.
-    reference : {"none", "training", "ratio"}, default="none"
-        What maps are compared with. "training" subtracts the mean map of the training
-        images; "ratio" divides by it, plus a tenth of its mean, so that a place counts
-        less where good images have large errors, too.
+    reference : {"none", "training"}, default="none"
+        What is subtracted from the maps: nothing, or the mean map of the training
+        images.
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.
@@ -113,8 +112,8 @@ class SMAI(MapScoredDetector):
     network_ : torch.nn.Module
         The trained network.
     mean_map_ : numpy.ndarray of shape (H, W)
-        Mean map of the training images before it is smoothed; absent
-        with ``reference="none"``.
+        Mean map of the training images before it is smoothed; only with
+        ``reference="training"``.
     loss_curve_ : list of float
         Mean training loss of every epoch.
     validation_curve_ : list of float
