@@ -283,10 +283,14 @@ def seconds_per_epoch(detector, X):
 
 def append_row(table, row):
     """Append a row to a CSV file, with a header if it is new."""
-    is_new = not table.exists()
-    with open(table, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
+    columns = list(row)
+    with open(table, "a+", newline="") as file:
+        file.seek(0)
+        known = next(csv.reader(file), None)
+        if known not in (None, columns):
+            raise ValueError(f"{table} has columns {known}, and not {columns}.")
+        writer = csv.DictWriter(file, columns)
+        if known is None:
             writer.writeheader()
         writer.writerow(row)
 

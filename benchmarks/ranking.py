@@ -91,6 +91,8 @@ def parse_arguments():
         parser.error("--figure wants --maps, the folder of the maps")
     if options.figure and len(options.pictures or ()) != len(options.sets):
         parser.error("--figure wants --pictures once for each set")
+    if options.maps and options.planted_only:
+        parser.error("--maps keeps maps of the test images, which --planted-only skips")
     return options
 
 

@@ -753,7 +753,7 @@ def write_fitted(name, file, options):
 
 def measure_load(name, options):
     """Measure the way from a file to predictions in a process that has just begun."""
-    import torchvision  # noqa: F401
+    import torchvision  # noqa: F401  (what it takes is no part of the way)
 
     prepare(options)
     with tempfile.TemporaryDirectory() as folder:

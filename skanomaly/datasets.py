@@ -628,8 +628,8 @@ def make_ellipses(
 
     Training images are not paired: a healthy and a diseased image differ in background
     and ellipses, too. Grey levels of both classes are scaled alike, and not image by
-    image as the published script does it with one class, so that they do not tell the
-    classes apart.
+    image as the published script does it with one class, so that their range does not
+    tell the classes apart. Their mean does in part: a shrunk contour is shorter.
 
     References
     ----------
@@ -664,7 +664,7 @@ def make_ellipses(
 
 def _ellipse_images(rng, labels, size):
     """Return images (n, size, size, 1) and their healthy versions, uint8."""
-    fine = max(1, 128 // size)  # a grid of 128 points or more misses no wave
+    fine = -(-128 // size)  # a grid of 128 points or more misses no wave
     y, x = (np.mgrid[: fine * size, : fine * size] + 0.5) * 256 / (fine * size)
     grid = x + 1j * y
     images, healthy = np.empty((2, len(labels), size, size, 1), np.uint8)

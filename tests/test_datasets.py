@@ -729,7 +729,7 @@ def test_synthetic_sets_check_their_parameters():
 # make_ellipses
 
 
-@pytest.mark.parametrize("size", [32, 64, 255])
+@pytest.mark.parametrize("size", [32, 64, 65, 255])
 def test_ellipses_differ_from_their_healthy_version_where_diseased(size):
     data = make_ellipses(n_train=2, n_test=6, size=size)
     assert data.X_train.shape == (2, size, size, 1)
@@ -839,7 +839,7 @@ def test_a_painter_of_another_healthy_size_is_nearly_perfect():
     assert pixel_roc_auc_score(masks, maps) > 0.99
 
 
-def test_ellipses_grey_levels_do_not_tell_the_class():
+def test_the_range_of_ellipses_does_not_tell_the_class():
     data = make_ellipses(n_train=200, n_test=2)
     healthy, diseased = (data.X_train[data.y_train == label] for label in (1, -1))
     for level in (np.min, np.max):

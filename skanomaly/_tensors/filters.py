@@ -133,6 +133,7 @@ class _BandedProduct(torch.autograd.Function):
         return _banded_product(images, vertical, horizontal, radius)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradients):
         vertical, horizontal = ctx.saved_tensors
         found = _banded_product(gradients, vertical.T, horizontal.T, ctx.radius)

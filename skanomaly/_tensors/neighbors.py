@@ -51,8 +51,9 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     (16, or single ones where the gallery is small) only the smallest is kept. The
     ``n_neighbors`` nearest rows lie in as many groups, and within these all distances
     are computed from differences. Queries for which further groups are as near, up to
-    the rounding of the product, have those of three groups more. Only where rows of
-    more than three other groups are as near, one of them may come out instead.
+    the rounding of the product, have those of three groups, or 48 rows, more. Only
+    where rows beyond these are as near, one of them may come out instead. A gallery of
+    a few groups is compared whole.
 
     Examples
     --------
@@ -67,26 +68,31 @@ def nearest_distances(queries, gallery, *, n_neighbors=1):
     # rows of a group
     group = GROUP if len(gallery) > GROUP * n_channels else 1
     n_groups = n_neighbors + SPARE_GROUPS
-    if len(gallery) <= n_groups * group or not len(queries):
+    if len(gallery) <= n_groups * GROUP or not len(queries):
         everything = torch.arange(len(gallery), device=queries.device)
         everything = everything.expand(len(queries), -1)
         return rank_candidates(queries, gallery, everything, n_neighbors)
     closeness, firsts, norms, reach = _nearest_groups(queries, gallery, n_groups, group)
     members = TILE // group * torch.arange(group, device=queries.device)
 
-    def ranked(rows, n_groups):
-        candidates = (firsts[rows, :n_groups, None] + members).flatten(1)
-        return rank_candidates(queries[rows], gallery, candidates, n_neighbors)
+    def ranked(queries, firsts):
+        candidates = (firsts[:, :, None] + members).flatten(1)
+        return rank_candidates(queries, gallery, candidates, n_neighbors)
 
-    distances, indices = ranked(slice(None), n_neighbors)
+    distances, indices = ranked(queries, firsts[:, :n_neighbors])
     # what rounding may take from a product: its bound in float32, and what is seen,
     # which is more where TF32 is allowed
     bound = torch.finfo(norms.dtype).eps * n_channels * reach * (norms + reach / 2)
     seen = closeness[:, 0] - (norms.square() - distances[:, 0].square()) / 2
     gaps = closeness[:, n_neighbors - 1] - closeness[:, n_neighbors]
-    doubtful = (gaps <= 2 * (bound + seen.abs().max())).nonzero()[:, 0]
+    # a NaN is in doubt, too
+    doubtful = (~(gaps > 2 * (bound + seen.abs().max()))).nonzero()[:, 0]
     if len(doubtful):
-        distances[doubtful], indices[doubtful] = ranked(doubtful, n_groups)
+        queries, firsts = queries[doubtful], firsts[doubtful]
+        if group == 1:  # as many rows as the groups of a large gallery have
+            n_groups = n_neighbors + SPARE_GROUPS * GROUP
+            _, firsts, *_ = _nearest_groups(queries, gallery, n_groups, group)
+        distances[doubtful], indices[doubtful] = ranked(queries, firsts)
     return distances, indices
 
 
@@ -153,15 +159,14 @@ def _group_maxima(queries, tiles, group):
     """Return the greatest product (n_queries, n_groups) of queries with each group."""
     n_columns = TILE // group
     maxima = queries.new_empty(len(queries), len(tiles) * n_columns)
-    products = queries.new_empty(len(queries), TILE)
+    products = queries.new_empty(len(queries), TILE) if group > 1 else None
     parts = maxima.split(n_columns, dim=1)
     for tile, part in zip(tiles, parts, strict=True):
-        if group == 1:
-            products = part
+        found = part if group == 1 else products
         # half the squared norm of the query less half the squared distance
-        torch.mm(queries, tile.T, out=products[:, : len(tile)])
+        torch.mm(queries, tile.T, out=found[:, : len(tile)])
         if len(tile) < TILE:
-            products[:, len(tile) :] = -torch.inf
+            found[:, len(tile) :] = -torch.inf
         if group > 1:
             torch.amax(products.view(-1, group, n_columns), dim=1, out=part)
     return maxima

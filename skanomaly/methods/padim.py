@@ -206,6 +206,8 @@ class PaDiM(PatchwiseDetector):
             own = self.channels_ - first
             first += maps.shape[1]
             own = torch.from_numpy(own[(own >= 0) & (own < maps.shape[1])])
+            if not len(own):  # none of this layer was drawn
+                continue
             # channels stay last, where the distances want them
             drawn = maps.permute(0, 2, 3, 1).index_select(3, own.to(maps.device))
             parts.append(F.interpolate(drawn.permute(0, 3, 1, 2), size))

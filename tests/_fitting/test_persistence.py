@@ -8,8 +8,10 @@ import joblib
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from skanomaly import MNAD, Autoencoder, MemAE, version
+from skanomaly._fitting.persistence import without_data
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,23 @@ def mapped_files():
                 start, stop = (int(part, 16) for part in fields[0].split("-"))
                 ranges.append((start, stop, fields[5].strip()))
     return ranges
+
+
+def test_networks_without_data_have_the_parameters_of_others():
+    def build():
+        layer = torch.nn.Conv2d(3, 4, 3)
+        normalized = torch.nn.utils.parametrizations.spectral_norm(layer)
+        return torch.nn.Sequential(normalized, torchvision.models.resnet18())
+
+    with without_data():
+        found = build().state_dict()
+    expected = build().state_dict()
+    assert all(tensor.is_meta for tensor in found.values())
+    assert [(name, t.shape, t.dtype) for name, t in found.items()] == [
+        (name, t.shape, t.dtype) for name, t in expected.items()
+    ]
+    # and outside weights are drawn as ever
+    assert torch.nn.Linear(8, 8).weight.std() > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

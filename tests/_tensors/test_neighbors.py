@@ -98,6 +98,25 @@ def test_equal_vectors_have_distance_zero(spread, offset):
     torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("n_rows", [60, 100, 600])  # whole, and by single rows
+def test_a_row_is_found_among_many_that_are_all_but_equal(n_rows):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(n_rows // 12, 64, generator=generator).repeat_interleave(12, 0)
+    gallery = rows + 1e-5 * torch.randn(rows.shape, generator=generator)
+    gallery = gallery[torch.randperm(len(gallery), generator=generator)]
+    distances, indices = nearest_distances(gallery, gallery)
+    assert (distances == 0).all()
+    assert (indices[:, 0] == torch.arange(len(gallery))).all()
+
+
+def test_a_query_that_is_no_number_leaves_the_others_exact():
+    generator = torch.Generator().manual_seed(0)
+    rows, noise = torch.randn(2, 300, 64, generator=generator)
+    gallery, queries = torch.cat([rows, rows + 1e-4 * noise]), rows.clone()
+    queries[0] = torch.nan
+    assert (nearest_distances(queries, gallery)[0][1:] == 0).all()
+
+
 @pytest.mark.parametrize("n_rows", [300, 1500])  # compared one by one, and in groups
 def test_rows_that_a_product_cannot_tell_apart_are_told_apart(n_rows):
     generator = torch.Generator().manual_seed(0)

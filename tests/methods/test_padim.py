@@ -140,3 +140,9 @@ def test_equals_itself_on_precomputed_features():
     given.fit(features.fit_transform(textures.X_train))
     assert_array_equal(own.channels_, given.channels_)
     assert_allclose(own.whitening_, given.whitening_, rtol=1e-3, atol=1e-3)
+
+
+def test_layers_of_which_no_channel_is_drawn_are_passed_over(random_images):
+    X = random_images(6, 40, 40, 3)
+    detector = PaDiM(n_features=1, **NETWORK).fit(X)
+    assert detector.localize(X[:1]).shape == (1, 40, 40)
