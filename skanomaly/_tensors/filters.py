@@ -142,11 +142,9 @@ class _BandedProduct(torch.autograd.Function):
 
 def _banded_product(images, vertical, horizontal, radius):
     planes = images.reshape(-1, *images.shape[-2:])
-    # what new_empty makes of a subclass is a view, which nobody may overwrite later
-    half, whole = (
-        torch.empty(shape, dtype=images.dtype, device=images.device)
-        for shape in (planes.shape, images.shape)
-    )
+    # what is made of a subclass would be a view, which nobody may overwrite later
+    with torch._C.DisableTorchFunctionSubclass():
+        half, whole = images.new_empty(planes.shape), images.new_empty(images.shape)
     lines, results = half.flatten(0, 1), whole.view(planes.shape)
     for own, reached in _blocks(len(horizontal), radius):
         columns = planes.flatten(0, 1)[:, reached]
