@@ -746,7 +746,8 @@ def _nested_ellipse_images(rng, labels, size):
         axes = rng.uniform(0.85, 1.15) * np.array([40, 20]) / 256
         angle = rng.uniform(0, np.pi)
         small = _contour(offsets, axes, angle)
-        shrunk = _contour(_shrunk(offsets), axes, angle)
+        displaced = _displaced(256 * (offsets[0] + 1j * offsets[1]), 0) / 256
+        shrunk = _contour(np.stack([displaced.real, displaced.imag]), axes, angle)
         for result, inner in (
             (healthy_image, small),
             (image, small if label == 1 else shrunk),
@@ -764,9 +765,3 @@ def _contour(offsets, axes, angle):
     level = (y / axes[0]) ** 2 + (x / axes[1]) ** 2 - 1
     distance = np.abs(level) / np.maximum(slope, 1e-9)
     return np.clip((2.5 / 256 - distance) * offsets.shape[-1] + 0.5, 0, 1)
-
-
-def _shrunk(offsets, sigma=0.095, largest=0.05):
-    """Follow the negative gradient of a Gaussian, which is steepest at sigma."""
-    distance = np.hypot(*offsets) / sigma
-    return offsets * (1 + largest / sigma * np.exp((1 - distance**2) / 2))
