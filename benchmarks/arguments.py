@@ -12,13 +12,15 @@ def add_training_arguments(parser):
         "--params",
         nargs="+",
         default={},
-        action=_NamedValues,
+        action=NamedValues,
         metavar="NAME=VALUE",
         help="of the method",
     )
 
 
-class _NamedValues(argparse.Action):
+class NamedValues(argparse.Action):
+    """Action that keeps texts such as ``name=3`` as a dict of literals."""
+
     def __call__(self, parser, namespace, texts, option_string=None):
         pairs = (text.partition("=") for text in texts)
         values = {name: ast.literal_eval(value) for name, _, value in pairs}

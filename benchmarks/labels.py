@@ -6,6 +6,9 @@ not, in stratified cross-validation::
 
     python benchmarks/labels.py --params width=12 critic_width=12 n_critic=2
     python benchmarks/labels.py --data DATA/brain_mri --category brain --params width=12
+
+With ``--first max_epochs=2`` a first training of two epochs comes before that of
+``--params``, whose parameters it has but for those named.
 """
 
 import argparse
@@ -14,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from arguments import add_training_arguments
+from arguments import NamedValues, add_training_arguments
+from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
@@ -44,17 +48,27 @@ def parse_arguments():
     parser.add_argument("--category", help="name of the set")
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument("--arrangement", choices=["apart", "nested"], default="apart")
+    parser.add_argument("--train", type=int, default=400, help="ellipses to train on")
     parser.add_argument("--folds", type=int, default=3)
     add_training_arguments(parser)
+    parser.add_argument(
+        "--first",
+        nargs="+",
+        default={},
+        action=NamedValues,
+        metavar="NAME=VALUE",
+        help="of a first training, which the other continues",
+    )
     return parser.parse_args()
 
 
 def measure_ellipses(options, seed):
     """Train on healthy and deformed ellipses; compare maps with the differences."""
-    data = make_ellipses(size=options.size, arrangement=options.arrangement)
+    data = make_ellipses(
+        n_train=options.train, size=options.size, arrangement=options.arrangement
+    )
     started = time.perf_counter()
-    detector = DeScarGAN(random_state=seed, **options.params)
-    detector.fit(data.X_train, data.y_train)
+    detector = train(options, seed, data.X_train, data.y_train)
     seconds = time.perf_counter() - started
     diseased = data.y_test == -1
     maps = detector.localize(data.X_test)
@@ -73,6 +87,16 @@ def measure_ellipses(options, seed):
     )
 
 
+def train(options, seed, X, y):
+    """Return a detector that was trained once, or in two stages."""
+    settings = {"random_state": seed, "warm_start": True, **options.params}
+    detector = DeScarGAN(**settings)
+    if options.first:
+        first = clone(detector).set_params(**options.first)
+        detector = first.fit(X, y).set_params(**detector.get_params())
+    return detector.fit(X, y)
+
+
 def cross_validate(options, seed):
     """Train and test on the folds of a set of images with labels."""
     data = load_mvtec(options.data, options.category, size=options.size, mode="L")
@@ -81,9 +105,8 @@ def cross_validate(options, seed):
     folds = StratifiedKFold(options.folds, shuffle=True, random_state=seed)
     results = {"image AUROC, classifier": [], "image AUROC, map": []}
     started = time.perf_counter()
-    for train, test in folds.split(X, y):
-        detector = DeScarGAN(random_state=seed, **options.params)
-        detector.fit(X[train], y[train])
+    for rows, test in folds.split(X, y):
+        detector = train(options, seed, X[rows], y[rows])
         maps = detector.localize(X[test]).mean(axis=(1, 2))
         for name, scores in zip(
             results, (-detector.score_samples(X[test]), maps), strict=True

@@ -178,6 +178,8 @@ class DeScarGAN(NetworkDetector):
         times as many.
     critic_width : int, default=32
         Number of channels of the critic's first layer.
+    critic_learning_rate : float, default=None
+        Learning rate of the critic. None takes ``learning_rate``.
     cycle_weight, identity_weight : float, default=50.0
         Weights of the squared differences between an image and what the generator makes
         of its version of the other class, and of its own class.
@@ -303,6 +305,7 @@ class DeScarGAN(NetworkDetector):
         "n_critic": [Interval(Integral, 1, None, closed="left")],
         "width": [Interval(Integral, 1, None, closed="left")],
         "critic_width": [Interval(Integral, 1, None, closed="left")],
+        "critic_learning_rate": [Interval(Real, 0, None, closed="neither"), None],
         "cycle_weight": [Interval(Real, 0, None, closed="left")],
         "identity_weight": [Interval(Real, 0, None, closed="left")],
         "penalty_weight": [Interval(Real, 0, None, closed="left")],
@@ -319,6 +322,7 @@ class DeScarGAN(NetworkDetector):
         n_critic=5,
         width=64,
         critic_width=32,
+        critic_learning_rate=None,
         cycle_weight=50.0,
         identity_weight=50.0,
         penalty_weight=10.0,
@@ -343,6 +347,7 @@ class DeScarGAN(NetworkDetector):
         self.n_critic = n_critic
         self.width = width
         self.critic_width = critic_width
+        self.critic_learning_rate = critic_learning_rate
         self.cycle_weight = cycle_weight
         self.identity_weight = identity_weight
         self.penalty_weight = penalty_weight
@@ -401,9 +406,12 @@ class DeScarGAN(NetworkDetector):
         )
 
     def _optimizer(self, part):
+        rate = self.learning_rate
+        if self.critic_learning_rate is not None and part is self.network_["critic"]:
+            rate = self.critic_learning_rate
         parameters = list(part.parameters())
         optimizer = torch.optim.Adam(
-            parameters, lr=self.learning_rate, betas=(0.5, 0.999), fused=True
+            parameters, lr=rate, betas=(0.5, 0.999), fused=True
         )
 
         def clip_gradients(*_):

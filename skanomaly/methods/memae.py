@@ -226,8 +226,8 @@ class MemAE(MapScoredDetector):
     - If shrinking would drop all weights of a code, the largest is kept. In the code
       such rows become zero, and most of them are at the start.
     - Codes and items are compared by their inner product as in the code; the paper has
-      the cosine, and no temperature, with which no weight of a large memory could exceed
-      the others by much. The 0.1 of ``similarity="cosine"`` is ours.
+      the cosine. The 0.1 of ``similarity="cosine"`` is ours: with plain cosines no
+      weight of a large memory could exceed the others by much.
     - ``shrink="auto"`` is the lower end of the paper's range from 1 to 3 divided by the
       number of items; the code has 5. It drops what is below the average only: a code
       may still be mixed of a quarter of the items, from which a defect can be copied.

@@ -247,7 +247,10 @@ class PNet(MapScoredDetector):
     Differences of images and of structures enter maps and scores as they are, not
     standardised, and the rebuilt image ends in a sigmoid.
 
-    For small defects take ``image_score="max"`` and ``smoothing_size=21``.
+    ``smoothing_size=21`` makes better maps of defects. ``image_score="max"`` is made
+    for small ones, but depends more on the seed: for 42 toothbrushes of MVTec AD at 64
+    pixels, three seeds have image AUROC from 0.58 to 0.94 with it, and 0.917 on average
+    with the mean.
 
     On a processor, images of 64 pixels, ``width=12``, ``critic_width=16``,
     ``structure_epochs=15`` and ``max_epochs=60`` are a good start.
