@@ -7,8 +7,11 @@ not, in stratified cross-validation::
     python benchmarks/labels.py --params width=12 critic_width=12 n_critic=2
     python benchmarks/labels.py --data DATA/brain_mri --category brain --params width=12
 
-With ``--first max_epochs=2`` a first training of two epochs comes before that of
-``--params``, whose parameters it has but for those named.
+A first training, with the parameters of ``--params`` but for those of ``--first``, may
+come before the one that is measured, which continues it::
+
+    python benchmarks/labels.py --train 4000 --first cycle_weight=1e4 max_epochs=2 \\
+        --params width=12 critic_width=12 n_critic=2
 """
 
 import argparse
@@ -18,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from arguments import NamedValues, add_training_arguments
-from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
@@ -48,7 +50,7 @@ def parse_arguments():
     parser.add_argument("--category", help="name of the set")
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument("--arrangement", choices=["apart", "nested"], default="apart")
-    parser.add_argument("--train", type=int, default=400, help="ellipses to train on")
+    parser.add_argument("--train", type=int, default=400, help="images of ellipses")
     parser.add_argument("--folds", type=int, default=3)
     add_training_arguments(parser)
     parser.add_argument(
@@ -89,11 +91,11 @@ def measure_ellipses(options, seed):
 
 def train(options, seed, X, y):
     """Return a detector that was trained once, or in two stages."""
-    settings = {"random_state": seed, "warm_start": True, **options.params}
+    settings = {**options.params, "random_state": seed, "warm_start": True}
     detector = DeScarGAN(**settings)
     if options.first:
-        first = clone(detector).set_params(**options.first)
-        detector = first.fit(X, y).set_params(**detector.get_params())
+        wanted = detector.get_params()
+        detector.set_params(**options.first).fit(X, y).set_params(**wanted)
     return detector.fit(X, y)
 
 

@@ -9,7 +9,7 @@ masks. It turns an image into its healthy version; the difference shows the dise
 # %%
 # Synthetic images of two elliptic contours: in diseased images the inner one is shrunk.
 # No image has a healthy counterpart in the training set. (The paper's own set, which is
-# the default arrangement, wants far longer trainings.)
+# the default arrangement, is far harder and wants longer trainings on more images.)
 
 import matplotlib.pyplot as plt
 import numpy as np

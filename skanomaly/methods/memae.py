@@ -226,11 +226,12 @@ class MemAE(MapScoredDetector):
     - If shrinking would drop all weights of a code, the largest is kept. In the code
       such rows become zero, and most of them are at the start.
     - Codes and items are compared by their inner product as in the code; the paper has
-      the cosine. The 0.1 of ``similarity="cosine"`` is ours: with plain cosines no
-      weight of a large memory could exceed the others by much.
+      the cosine. The 0.1 of ``similarity="cosine"`` is ours: with plain cosines all
+      weights of a large memory stay near ``1 / n_items``.
     - ``shrink="auto"`` is the lower end of the paper's range from 1 to 3 divided by the
-      number of items; the code has 5. It drops what is below the average only: a code
-      may still be mixed of a quarter of the items, from which a defect can be copied.
+      number of items; the code has 5. It drops what is below the average only: in a
+      trained memory of 100 items, codes were mixed of 25, from which a defect can be
+      copied.
     - The network for images is one that has been published for CIFAR-10, with the leaky
       rectifiers of the video network, and has one query a position. The paper's network
       for MNIST, which begins with single pixels and does not halve their number, cannot

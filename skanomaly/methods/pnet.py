@@ -247,10 +247,11 @@ class PNet(MapScoredDetector):
     Differences of images and of structures enter maps and scores as they are, not
     standardised, and the rebuilt image ends in a sigmoid.
 
-    ``smoothing_size=21`` makes better maps of defects. ``image_score="max"`` is made
-    for small ones, but depends more on the seed: for 42 toothbrushes of MVTec AD at 64
-    pixels, three seeds have image AUROC from 0.58 to 0.94 with it, and 0.917 on average
-    with the mean.
+    For small defects there are ``smoothing_size=21`` and ``image_score="max"``. For 42
+    toothbrushes of MVTec AD at 64 pixels, three seeds, the former raises the pixel
+    AUROC from 0.925 to 0.956; the image AUROC is 0.917 ± 0.075 by the mean of raw maps,
+    0.776 ± 0.150 by the maximum of smoothed ones, and 0.898 ± 0.115 with
+    ``reference="training"``, too.
 
     On a processor, images of 64 pixels, ``width=12``, ``critic_width=16``,
     ``structure_epochs=15`` and ``max_epochs=60`` are a good start.

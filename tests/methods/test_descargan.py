@@ -132,26 +132,37 @@ def test_the_generator_steps_after_every_n_th_step_of_the_critic(build, make_bat
     assert steps == [both, ["critic"], ["critic"], both, ["critic"]]
 
 
-def test_the_critic_has_the_learning_rate_of_its_own(small):
+def test_the_critic_has_a_learning_rate_of_its_own(small):
     X, y, _ = squares(8)
 
-    def first_step(**settings):
-        detector = small(DeScarGAN, max_epochs=1, batch_size=8, **settings)
-        detector.fit(X, y)
+    def weights(detector):
         return {
             name: torch.cat([w.detach().flatten() for w in part.parameters()])
             for name, part in detector.network_.items()
         }
 
+    def first_step(**settings):
+        detector = small(DeScarGAN, max_epochs=1, batch_size=8, **settings)
+        return weights(detector.fit(X, y))
+
     still, slow, fast = (
         first_step(learning_rate=1e-12, critic_learning_rate=rate)
         for rate in (None, 1e-4, 1e-3)
     )
+    # Adam's first step is as long as the rate, whatever the gradients; two generators
+    # that go opposite ways are two steps apart
     assert (slow["generator"] - still["generator"]).abs().amax() <= 2.1e-12
-    # Adam's first step is as long as the rate, whatever the gradients
     steps = [(part["critic"] - still["critic"]).abs() for part in (slow, fast)]
     assert steps[0].max().item() == pytest.approx(1e-4, rel=1e-2)
     assert steps[1].max().item() == pytest.approx(1e-3, rel=1e-2)
+
+    # and may get another one between two fits
+    detector = small(DeScarGAN, warm_start=True, critic_learning_rate=1e-3).fit(X, y)
+    before = weights(detector)
+    detector.set_params(critic_learning_rate=1e-12).fit(X, y)
+    after = weights(detector)
+    assert (after["critic"] - before["critic"]).abs().amax() < 1e-9
+    assert (after["generator"] - before["generator"]).abs().amax() > 1e-4
 
 
 @pytest.mark.parametrize("labels", [[1, -1, 1, 1], [1, 1, 1, 1], [-1, -1, -1, -1]])
