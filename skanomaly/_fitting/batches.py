@@ -148,10 +148,13 @@ def _to_tensor(array):
 
 
 def _to_unit(images, device):
-    scale = 255.0 if images.dtype == torch.uint8 else 1.0
+    is_bytes = images.dtype == torch.uint8
     # bytes travel to the device, where they become four times as large
     images = images.to(device).to(torch.float32)
-    return (images / scale if scale != 1.0 else images).movedim(-1, 1)
+    if is_bytes:
+        # by a number of the host, CUDA would multiply with its rounded reciprocal
+        images = images / images.new_full((), 255.0)
+    return images.movedim(-1, 1)
 
 
 def slices(n, size, *, verbose=0):
