@@ -72,8 +72,8 @@ def export(detector: Any, path: StrPath, *, batch_size: int = 1) -> None:
 
     DifferNet, whose maps are gradients, SMAI, whose superpixels differ in number from
     image to image, SPADE and PatchSVDD with an approximate index, PatchDetector with
-    another estimator than a PCA, MNAD with ``update_at_test``, DeScarGAN's classifier
-    and what takes precomputed features cannot be exported.
+    another estimator than a PCA, MNAD with ``update_at_test`` and what takes
+    precomputed features cannot be exported.
 
     Needs the packages of ``pip install skanomaly[onnx]``.
 

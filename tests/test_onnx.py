@@ -45,6 +45,7 @@ EXPORTABLE = [
     ("SCADN", {}),
     ("InTra", {"patch_size": 8}),
     ("PNet", {}),
+    ("DeScarGAN", {}),
     ("DeScarGAN", {"image_score": "map"}),
     ("SPADE", {"layers": ("layer1", "layer2"), "gallery_size": 5, **BACKBONE}),
     (

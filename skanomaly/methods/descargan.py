@@ -17,10 +17,10 @@ from torch import nn
 
 from .._fitting.batches import ImageBatches
 from .._fitting.loop import Samples
+from .._map_scores import MapScoredDetector
 from .._tensors.losses import gradient_penalty
 from .._tensors.networks import instance_norm, pad_to_multiple
 from .._validation import required_labels
-from ..base import NetworkDetector
 
 MAX_GRADIENT_NORM = 10.0
 
@@ -125,7 +125,7 @@ class ThreeHeadedCritic(nn.Module):
         self.classifier = nn.Sequential(
             *_plain_unit(wide, wide),
             *_plain_unit(wide, wide),
-            nn.AdaptiveMaxPool2d(4),
+            GridMaxPool(4),
             nn.Flatten(),
             nn.Linear(16 * wide, 64),
             nn.ReLU(inplace=True),
@@ -141,6 +141,33 @@ class ThreeHeadedCritic(nn.Module):
     def classify(self, features, generator):
         """Return the logits (b, 2) of the healthy and the diseased class."""
         return self.head(self.dropout(self.classifier(features), generator))
+
+
+class GridMaxPool(nn.Module):
+    """Maxima of a grid of cells, which may overlap by a row or a column.
+
+    The cells are those of ``nn.AdaptiveMaxPool2d``, whose gradient depends on chance on
+    a GPU, and which ONNX does not have.
+    """
+
+    def __init__(self, side):
+        super().__init__()
+        self.side = side
+
+    def forward(self, features):
+        """Return the maxima (b, c, side, side) of features (b, c, h, w)."""
+        for axis in (2, 3):
+            length = features.shape[axis]
+            starts = [i * length // self.side for i in range(self.side)]
+            stops = [-(-(i + 1) * length // self.side) for i in range(self.side)]
+            features = torch.cat(
+                [
+                    features.narrow(axis, start, stop - start).amax(axis, keepdim=True)
+                    for start, stop in zip(starts, stops, strict=True)
+                ],
+                dim=axis,
+            )
+        return features
 
 
 class Dropout(nn.Module):
@@ -162,7 +189,7 @@ def _plain_unit(wide, narrow):
     return [nn.Conv2d(wide, narrow, 3, padding=1), nn.ReLU(inplace=True)]
 
 
-class DeScarGAN(NetworkDetector):
+class DeScarGAN(MapScoredDetector):
     """DeScarGAN: make an image look healthy and see what changes.
 
     The only method here that learns from anomalous images, too, by a label for each
@@ -189,9 +216,16 @@ class DeScarGAN(NetworkDetector):
         Largest value of the uniform noise that is added to training images.
     flip : bool, default=True
         Whether training images are mirrored left to right with probability one half.
-    image_score : {"classifier", "map"}, default="classifier"
-        Score of an image: the probability of the diseased class, or the mean of its
-        map.
+    image_score : {"classifier", "map", "max"}, default="classifier"
+        What the score of an image is: "classifier" is the probability of the diseased
+        class, "map" the mean of the map before it is smoothed, "max" the maximum of
+        the map.
+    smoothing_size : int, default=1
+        Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
+        It scales with the size of the images; 1 leaves them as they are.
+    reference : {"none", "training"}, default="none"
+        What is subtracted from the maps: nothing, or the mean map of the healthy
+        training images.
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.
@@ -230,6 +264,9 @@ class DeScarGAN(NetworkDetector):
     ----------
     network_ : torch.nn.ModuleDict
         The trained generator and critic.
+    mean_map_ : numpy.ndarray of shape (H, W)
+        Mean map of the healthy training images before it is smoothed; only with
+        ``reference="training"``.
     loss_curve_ : list of float
         Mean training loss of every epoch.
     validation_curve_ : list of float
@@ -306,7 +343,7 @@ class DeScarGAN(NetworkDetector):
     """
 
     _parameter_constraints = {
-        **NetworkDetector._parameter_constraints,
+        **MapScoredDetector._parameter_constraints,
         "n_critic": [Interval(Integral, 1, None, closed="left")],
         "width": [Interval(Integral, 1, None, closed="left")],
         "critic_width": [Interval(Integral, 1, None, closed="left")],
@@ -316,10 +353,8 @@ class DeScarGAN(NetworkDetector):
         "penalty_weight": [Interval(Real, 0, None, closed="left")],
         "noise": [Interval(Real, 0, None, closed="left")],
         "flip": ["boolean"],
-        "image_score": [StrOptions({"classifier", "map"})],
+        "image_score": [StrOptions({"classifier", "map", "max"})],
     }
-
-    _judged_by = ("image_score",)
 
     def __init__(
         self,
@@ -334,6 +369,8 @@ class DeScarGAN(NetworkDetector):
         noise=0.05,
         flip=True,
         image_score="classifier",
+        smoothing_size=1,
+        reference="none",
         image_shape=None,
         max_epochs=500,
         learning_rate=1e-4,
@@ -359,6 +396,8 @@ class DeScarGAN(NetworkDetector):
         self.noise = noise
         self.flip = flip
         self.image_score = image_score
+        self.smoothing_size = smoothing_size
+        self.reference = reference
         self.image_shape = image_shape
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
@@ -449,6 +488,7 @@ class DeScarGAN(NetworkDetector):
         self._train(Samples(images, labels, device=images.device), progress)
         rows = np.flatnonzero(labels == 1)
         healthy = ImageBatches(images.array, images.device, rows)
+        self._survey(healthy)
         return self._evaluate(healthy, maps_wanted=True)
 
     def _losses(self, network, batch):
@@ -511,22 +551,21 @@ class DeScarGAN(NetworkDetector):
         return (healthy.float() + 1) / 2
 
     def _judge(self, images, *, maps_wanted, generator):
-        maps = None
-        if maps_wanted or self.image_score == "map":
-            maps = (images - self._make_healthy(images)).abs().mean(dim=1)
-        if self.image_score == "map":
-            return maps.mean(dim=(1, 2)), maps
+        if self.image_score == "classifier" and not maps_wanted:
+            return self._classify(images, generator), None
+        return super()._judge(images, maps_wanted=maps_wanted, generator=generator)
+
+    def _raw(self, images, generator):
+        maps = (images - self._make_healthy(images)).abs().mean(dim=1)
+        if self.image_score == "classifier":
+            return self._classify(images, generator), maps
+        return maps.mean(dim=(1, 2)), maps
+
+    def _classify(self, images, generator):
+        """Return the probabilities (b,) of the diseased class."""
         critic = self.network_["critic"]
         logits = critic.classify(critic(2 * images - 1), generator)
-        return logits.float().softmax(dim=1)[:, 1], maps
-
-    def _why_not_exported(self):
-        if self.image_score == "classifier":
-            return (
-                "ONNX has no adaptive pooling, which its classifier ends in; with "
-                "image_score='map' it can be"
-            )
-        return None
+        return logits.float().softmax(dim=1)[:, 1]
 
 
 def _class_weights(healthy):

@@ -6,7 +6,7 @@ from sklearn.metrics import roc_auc_score
 
 from skanomaly import DeScarGAN
 from skanomaly._tensors.losses import gradient_penalty
-from skanomaly.methods.descargan import _class_weights
+from skanomaly.methods.descargan import GridMaxPool, _class_weights
 
 SMALL = {"DeScarGAN": {"width": 4, "critic_width": 4, "n_critic": 1, **TRAINED_BRIEFLY}}
 TINY = {"DeScarGAN": {"width": 2, "critic_width": 2}}
@@ -54,6 +54,17 @@ def build(small):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (3, 5)])
+def test_the_pooling_is_adaptive(size, random_images):
+    features = torch.from_numpy(random_images(2, 3, *size)).requires_grad_()
+    gradients = []
+    for pool in (GridMaxPool(4), torch.nn.AdaptiveMaxPool2d(4)):
+        maxima = pool(features)
+        (gradient,) = torch.autograd.grad(maxima.square().sum(), features)
+        gradients.append((maxima, gradient))
+    torch.testing.assert_close(*gradients)
 
 
 def test_paper_size():
