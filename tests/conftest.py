@@ -8,13 +8,30 @@ import pytest
 from method_settings import small_settings
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    """Add the option to leave the GPU in sight."""
+    parser.addoption(
+        "--cuda",
+        action="store_true",
+        help="let device='auto' be a CUDA device, with torch's deterministic "
+        "algorithms; only tests/test_common.py is written for it",
+    )
+
+
+def pytest_configure(config):
     """Compute on one thread, here and in child processes, and draw on no screen."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["MPLBACKEND"] = "Agg"
-    import torch  # reads OMP_NUM_THREADS
+    has_gpu = config.getoption("--cuda")
+    if has_gpu:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    else:
+        # tests hand networks tensors of the host
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch  # reads these variables
 
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(has_gpu)
 
 
 @pytest.fixture(autouse=True)
