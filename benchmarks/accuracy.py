@@ -274,11 +274,11 @@ def make(options, method, seed, X):
 def seconds_per_epoch(detector, X):
     """Return the time that one more epoch of training takes."""
     seconds = []
-    for max_epochs in (1, 3):
+    for max_epochs in (1, 1, 3):  # the first fit also makes the device ready
         started = time.perf_counter()
         clone(detector).set_params(max_epochs=max_epochs).fit(X)
         seconds.append(time.perf_counter() - started)
-    return (seconds[1] - seconds[0]) / 2
+    return (seconds[2] - seconds[1]) / 2
 
 
 def append_row(table, row):
