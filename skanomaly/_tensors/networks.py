@@ -42,6 +42,25 @@ def pad_to_multiple(images, multiple, *, minimum=1):
     return F.pad(images, pads, mode="replicate")
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation that is exact where channels are last, too.
+
+    There torch takes the variance, on a processor, for the mean square less the squared
+    mean, which rounding ruins where the mean is large: images of 128 pixels with a mean
+    of 20 standard deviations are off by a hundredth of one. The mean is therefore
+    subtracted first, which changes nothing of a normalisation, nor of its gradient.
+    """
+
+    def forward(self, features):
+        """Return normalised features (b, c, h, w)."""
+        if features.device.type == "cpu" and not features.is_contiguous():
+            means = features.detach().mean(dim=(2, 3), keepdim=True)  # (b, c, 1, 1)
+            groups = means.unflatten(1, (self.num_groups, -1))
+            means = groups.mean(dim=2, keepdim=True).expand_as(groups).flatten(1, 2)
+            features = features - means
+        return super().forward(features)
+
+
 def instance_norm(n_channels, *, affine=True):
     """Return an instance normalisation that is fast where channels are last.
 
@@ -54,11 +73,11 @@ def instance_norm(n_channels, *, affine=True):
 
     Returns
     -------
-    torch.nn.GroupNorm
+    GroupNorm
         With one channel a group. On a processor, torch's own instance normalisation
         copies images whose channels are last.
     """
-    return nn.GroupNorm(n_channels, n_channels, affine=affine)
+    return GroupNorm(n_channels, n_channels, affine=affine)
 
 
 class Convolution3x3(nn.Conv2d):

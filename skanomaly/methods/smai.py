@@ -18,14 +18,14 @@ from .._fitting.loop import Samples
 from .._map_scores import MapScoredDetector
 from .._tensors.losses import ssim_loss
 from .._tensors.masking import superpixels
-from .._tensors.networks import InpaintingUNet
+from .._tensors.networks import GroupNorm, InpaintingUNet
 
 SUPERPIXELS_AT_ONCE = 32
 
 
 def _group_norm(channels):
     # of one channel a group, a map of one pixel would be normalised to nothing
-    return nn.GroupNorm(math.gcd(max(1, channels // 2), 8), channels)
+    return GroupNorm(math.gcd(max(1, channels // 2), 8), channels)
 
 
 class SMAINetwork(nn.Module):

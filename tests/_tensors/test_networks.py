@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from skanomaly._tensors.networks import (
     Convolution3x3,
     ConvUnit,
+    GroupNorm,
     conv_block,
     instance_norm,
     pad_to_multiple,
@@ -57,11 +58,31 @@ def test_a_block_has_two_units_and_the_initial_weights_of_the_paper():
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_instance_norm_is_that_of_torch(affine, layout):
-    features = torch.randn(3, 5, 8, 6).contiguous(memory_format=layout)
-    expected = torch.nn.InstanceNorm2d(5)(features)
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_instance_norm_is_that_of_torch(affine, layout, mean):
+    torch.manual_seed(0)
+    features = (torch.randn(3, 5, 8, 6) + mean).contiguous(memory_format=layout)
+    expected = torch.nn.InstanceNorm2d(5)(features.double()).float()
     found = instance_norm(5, affine=affine)(features)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_groups", [1, 3, 6])
+def test_group_norm_and_its_gradient_are_exact(n_groups):
+    torch.manual_seed(0)
+    features = torch.randn(3, 6, 8, 7) + 20 * torch.randn(6, 1, 1)
+    features = features.contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn(3, 6, 8, 7, dtype=torch.float64)
+    results = []
+    for norm, own in (
+        (GroupNorm(n_groups, 6), features),
+        (torch.nn.GroupNorm(n_groups, 6).double(), features.double()),
+    ):
+        own.requires_grad_()
+        normalised = norm(own)
+        (back,) = torch.autograd.grad(normalised, own, gradient.to(own.dtype))
+        results.append([normalised.double(), back.double()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
