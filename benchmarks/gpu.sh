@@ -4,13 +4,15 @@
 #     sh benchmarks/gpu.sh DATA OUTPUT [SECONDS]
 #
 # DATA holds mvtec_ad/toothbrush; OUTPUT gets a file a part. Each part has its own time
-# limit, and what it had printed by then is kept; SECONDS (530) is that of all. What is
-# not timed runs side by side. On a processor, tiny settings try the script itself:
-# DEVICE=cpu sh benchmarks/gpu.sh DATA OUTPUT
+# limit, and what it had printed by then is kept; SECONDS (530, at least 420) is that of
+# all. What is not timed runs side by side. On a processor, tiny settings try the script
+# itself: DEVICE=cpu sh benchmarks/gpu.sh DATA OUTPUT. After Ctrl-C, what runs in the
+# background goes on to its limit.
 data=${1:?DATA} output=${2:?OUTPUT} seconds=${3:-530}
 device=${DEVICE:-cuda} here=$(dirname "$0")
 started=$(date +%s)
 mkdir -p "$output"
+[ "$seconds" -ge 420 ] || { echo "SECONDS must be at least 420" >&2; exit 2; }
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 
 elapsed() {
@@ -57,11 +59,11 @@ if [ "$device" = cpu ]; then
     set -- --params $params --size 32
 else
     part devices 110 python "$here/devices.py" --device "$device" &
-    # other plugins' warnings would be errors
     workers=
+    # pytest-benchmark warns of xdist, and warnings are errors
     python -c "import xdist" 2>/dev/null && workers="-n 8 -p no:benchmark"
     # shellcheck disable=SC2086
-    part tests 110 python -m pytest -q -p no:cacheprovider $workers --maxfail=20 --cuda \
+    part tests 110 python -m pytest -v -p no:cacheprovider $workers --maxfail=20 --cuda \
         -k "not scikit_learn_checks" "$here/../tests/test_common.py" &
     wait
     speed paper 120 --paper --sizes 256 --seconds 0.5 \
@@ -78,5 +80,9 @@ for method in draem riad intra; do
         --budget "$budget" --output "$output/$method" "$@" &
 done
 wait
-show machine devices tests paper draem riad intra
+show machine devices
+printf '\n== tests: what failed, and the end\n'
+grep -E "FAILED|ERROR" "$output/tests.txt"
+tail -n 3 "$output/tests.txt"
+show paper draem riad intra
 printf '\nall in %s s\n' "$(elapsed)"

@@ -106,7 +106,7 @@ METHODS = {
         "batch_size": 4,
         **BRIEF,
     },
-    "DeScarGAN": {"width": 12, "critic_width": 12, "image_score": "map", **BRIEF},
+    "DeScarGAN": {"width": 12, "critic_width": 12, "image_score": "mean", **BRIEF},
 }
 # what says nothing of the size of a network
 AS_GIVEN = {*BRIEF, "structure_epochs", "weights"}

@@ -22,16 +22,18 @@ def pytest_configure(config):
     """Compute on one thread, here and in child processes, and draw on no screen."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["MPLBACKEND"] = "Agg"
-    has_gpu = config.getoption("--cuda")
-    if has_gpu:
+    on_cuda = config.getoption("--cuda")
+    if on_cuda:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     else:
         # tests hand networks tensors of the host
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch  # reads these variables
 
+    if on_cuda and not torch.cuda.is_available():
+        raise pytest.UsageError("--cuda: torch sees no CUDA device")
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(has_gpu)
+    torch.use_deterministic_algorithms(on_cuda)
 
 
 @pytest.fixture(autouse=True)

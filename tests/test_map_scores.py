@@ -59,12 +59,12 @@ def test_the_maximum_is_that_of_the_smoothed_map(fitted):
     )
     expected = slow_mean(detector.localize(X), 3)  # 48 of 256 pixels are 3 of 16
     np.testing.assert_allclose(maps, expected, atol=1e-5 * np.abs(expected).max())
-    own = OWN.get(type(detector).__name__, "mean")
-    assert detector.image_score == own
-    if own == "mean":
+    assert detector.image_score == OWN.get(type(detector).__name__, "mean")
+    if type(detector).__name__ not in ("MNAD", "SMAI"):
         raw = maps_without_reference(detector, X)
+        by_mean = copy.deepcopy(detector).set_params(image_score="mean")
         np.testing.assert_allclose(
-            -detector.score_samples(X), raw.mean(axis=(1, 2)), rtol=1e-4
+            -by_mean.score_samples(X), raw.mean(axis=(1, 2)), rtol=1e-4
         )
 
 

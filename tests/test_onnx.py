@@ -46,7 +46,7 @@ EXPORTABLE = [
     ("InTra", {"patch_size": 8}),
     ("PNet", {}),
     ("DeScarGAN", {}),
-    ("DeScarGAN", {"image_score": "map"}),
+    ("DeScarGAN", {"image_score": "mean"}),
     ("SPADE", {"layers": ("layer1", "layer2"), "gallery_size": 5, **BACKBONE}),
     (
         "SPADE",

@@ -206,6 +206,11 @@ class PersistentNetwork:
                 f"The file of this {type(self).__name__} is damaged: what it holds is "
                 "not what was saved."
             )
+        if missing := sorted(set(self._get_param_names()) - set(state)):
+            raise ValueError(
+                f"The file of this {type(self).__name__} has no {', '.join(missing)}: "
+                "it was saved before there were such parameters. Fit again."
+            )
         changes = [
             f"{package} {version} (now {_versions().get(package)})"
             for package, version in saved_by.items()

@@ -43,7 +43,7 @@ def pad_to_multiple(images, multiple, *, minimum=1):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation that is exact where channels are last, too.
+    """Group normalisation that is accurate where channels are last, too.
 
     There torch takes the variance, on a processor, for the mean square less the squared
     mean, which rounding ruins where the mean is large: images of 128 pixels with a mean

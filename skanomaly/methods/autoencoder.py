@@ -207,8 +207,9 @@ class Autoencoder(_ReconstructionDetector):
         Side length in pixels of the crops that the network sees, for textures larger
         than it. Prediction averages overlapping crops. None takes whole images.
     smoothing_size : int, default=11
-        Side length of the mean filter between the map and the image score, in pixels
-        of an image of 256 pixels. It scales with the size of the images.
+        Side length of the mean filter between the map and the image score, in pixels of
+        an image of 256 pixels. Scaled with the size of the images it becomes an odd
+        number, from 3 on.
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.
@@ -418,8 +419,9 @@ class VariationalAutoencoder(_ReconstructionDetector):
         Side length in pixels of the crops that the network sees, for textures larger
         than it. Prediction averages overlapping crops. None takes whole images.
     smoothing_size : int, default=11
-        Side length of the mean filter between the map and the image score, in pixels
-        of an image of 256 pixels. It scales with the size of the images.
+        Side length of the mean filter between the map and the image score, in pixels of
+        an image of 256 pixels. Scaled with the size of the images it becomes an odd
+        number, from 3 on.
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.

@@ -216,13 +216,15 @@ class DeScarGAN(MapScoredDetector):
         Largest value of the uniform noise that is added to training images.
     flip : bool, default=True
         Whether training images are mirrored left to right with probability one half.
-    image_score : {"classifier", "map", "max"}, default="classifier"
+    image_score : {"classifier", "mean", "max"}, default="classifier"
         What the score of an image is: "classifier" is the probability of the diseased
-        class, "map" the mean of the map before it is smoothed, "max" the maximum of
-        the map.
+        class, as in the paper; "mean" is the mean of the raw map, before anything is
+        subtracted or smoothed; "max" is the maximum of the map, which finds small
+        defects.
     smoothing_size : int, default=1
         Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
-        It scales with the size of the images; 1 leaves them as they are.
+        Scaled with the size of the images it becomes an odd number, from 3 on; 1 leaves
+        them as they are.
     reference : {"none", "training"}, default="none"
         What is subtracted from the maps: nothing, or the mean map of the healthy
         training images.
@@ -353,7 +355,7 @@ class DeScarGAN(MapScoredDetector):
         "penalty_weight": [Interval(Real, 0, None, closed="left")],
         "noise": [Interval(Real, 0, None, closed="left")],
         "flip": ["boolean"],
-        "image_score": [StrOptions({"classifier", "map", "max"})],
+        "image_score": [StrOptions({"classifier", "mean", "max"})],
     }
 
     def __init__(
@@ -475,7 +477,8 @@ class DeScarGAN(MapScoredDetector):
         if len(np.unique(labels)) < 2:
             raise ValueError(
                 "y must hold both healthy (+1) and diseased (-1) images, but all "
-                f"{n_samples} are {labels[0]:+d}."
+                f"{n_samples} are {labels[0]:+d}. In a search, StratifiedKFold keeps "
+                "both; OneClassKFold trains on normal images alone."
             )
         return labels
 

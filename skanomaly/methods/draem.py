@@ -138,8 +138,9 @@ class DRAEM(NetworkDetector):
         Number of channels of the first layers of the two networks; the deeper layers
         have up to eight times as many.
     pooling_size : int, default=21
-        Side length of the mean filter between the map and the image score, in pixels
-        of an image of 256 pixels. It scales with the size of the images.
+        Side length of the mean filter between the map and the image score, in pixels of
+        an image of 256 pixels. Scaled with the size of the images it becomes an odd
+        number, from 3 on.
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.

@@ -146,7 +146,8 @@ class MemAE(MapScoredDetector):
         "max" is the maximum of the map, which finds small defects.
     smoothing_size : int, default=1
         Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
-        It scales with the size of the images; 1 leaves them as they are.
+        Scaled with the size of the images it becomes an odd number, from 3 on; 1 leaves
+        them as they are.
     reference : {"none", "training"}, default="none"
         What is subtracted from the maps: nothing, or the mean map of the training
         images.

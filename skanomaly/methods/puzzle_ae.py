@@ -290,7 +290,8 @@ class PuzzleAE(NetworkDetector):
         Score of an image: the mean of its relative errors, or the maximum of its map.
     smoothing_size : int, default=21
         Side length of the mean filter of the maps, in pixels of an image of 256 pixels.
-        It scales with the size of the images; 1 leaves them as they are.
+        Scaled with the size of the images it becomes an odd number, from 3 on; 1 leaves
+        them as they are.
     image_shape : tuple of int, default=None
         Shape (H, W) or (H, W, C) of images given as rows. None takes a square number of
         features for a square grey image, any other number for an image of one line.

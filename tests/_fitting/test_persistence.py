@@ -119,6 +119,15 @@ def test_a_changed_weight_is_noticed(fitted, tmp_path):
         joblib.load(file)
 
 
+def test_a_file_from_before_a_parameter_is_refused(fitted, monkeypatch):
+    content = pickle.dumps(fitted)
+    names = [*type(fitted)._get_param_names(), "newer"]
+    renewed = classmethod(lambda cls: names)
+    monkeypatch.setattr(type(fitted), "_get_param_names", renewed)
+    with pytest.raises(ValueError, match="file of this Autoencoder has no newer"):
+        pickle.loads(content)
+
+
 @pytest.mark.parametrize(
     ("module", "package"),
     [(version, "skanomaly"), (torch, "torch")],

@@ -68,9 +68,9 @@ def test_instance_norm_is_that_of_torch(affine, layout, mean):
 
 
 @pytest.mark.parametrize("n_groups", [1, 3, 6])
-def test_group_norm_and_its_gradient_are_exact(n_groups):
+def test_group_norm_and_its_gradient_are_accurate(n_groups):
     torch.manual_seed(0)
-    features = torch.randn(3, 6, 8, 7) + 20 * torch.randn(6, 1, 1)
+    features = torch.randn(3, 6, 8, 7) + 100
     features = features.contiguous(memory_format=torch.channels_last)
     gradient = torch.randn(3, 6, 8, 7, dtype=torch.float64)
     results = []

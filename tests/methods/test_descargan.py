@@ -286,7 +286,7 @@ def test_scores_are_probabilities_or_means_of_maps(fitted):
     with torch.inference_mode():
         probabilities = critic.classify(critic(images), None).softmax(dim=1)
     np.testing.assert_allclose(scores, probabilities[:, 1], rtol=1e-4)
-    fitted.set_params(image_score="map")
+    fitted.set_params(image_score="mean")
     np.testing.assert_allclose(
         -fitted.score_samples(X), fitted.localize(X).mean(axis=(1, 2)), rtol=1e-5
     )
