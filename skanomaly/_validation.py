@@ -667,7 +667,8 @@ def checked_offset(estimator):
     if changes:
         warnings.warn(
             f"{', '.join(changes)} was set after fit: scores and maps go by it, but "
-            "offset_ and map_threshold_ are those of the fit. Fit again, or take "
+            "offset_ and map_threshold_ are those of the fit. Fit again, have new ones "
+            "of new normal images by ThresholdCalibrator(method='prefit'), or take "
             "score_samples and localize.",
             stacklevel=3,
         )

@@ -42,7 +42,8 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
     A detector's own thresholds come from the images that it was trained on, which look
     more normal to it than new ones. Here they come from the scores and maps of normal
     images that took no part in the training, by the rule of conformal prediction [1]_.
-    Normal images are all that is needed.
+    Normal images are all that is needed, but by DeScarGAN, whose training needs both
+    classes and ``y``.
 
     Parameters
     ----------
@@ -68,7 +69,8 @@ class ThresholdCalibrator(MetaEstimatorMixin, OutlierMixin, BaseEstimator):
         maps, and not for "loo".
     cv : int or splitter, default=5
         Number of folds, filled at random by a fixed seed, or an object whose
-        ``split(X)`` yields indices. Anomalous images are left out before.
+        ``split(X)`` yields indices. Anomalous images are left out before, and given
+        only to a training that learns from them.
     n_jobs : int, default=None
         Number of folds that are fitted at once, in processes; None means one unless in
         a :obj:`joblib.parallel_backend` context, -1 means as many as there are cores.

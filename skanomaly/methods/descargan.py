@@ -192,9 +192,9 @@ def _plain_unit(wide, narrow):
 class DeScarGAN(MapScoredDetector):
     """DeScarGAN: make an image look healthy and see what changes.
 
-    The only method here that learns from anomalous images, too, by a label for each
-    image. A generator learns to make healthy and diseased versions of images; a map is
-    the difference between an image and its healthy version.
+    It learns from healthy and from diseased images, by a label for each and no masks. A
+    generator learns to make healthy and diseased versions of images; a map is the
+    difference between an image and its healthy version.
 
     Parameters
     ----------
