@@ -310,7 +310,8 @@ class DeScarGAN(MapScoredDetector):
     - The generator's first step comes with the critic's first. A learning rate of the
       critic's own is no part of the paper.
     - Maps are differences of grey levels as they are; the code scales both images to
-      the same range first.
+      the same range first. ``smoothing_size``, ``reference`` and the maximum of the map
+      are no part of the paper.
     - ``noise`` is that of values in [-1, 1], to which images are brought. The weights
       of the critics' losses that are no parameters, 20 for the adversarial one and 5
       and 1 for the classification of real and of generated images, are the code's.
@@ -320,13 +321,19 @@ class DeScarGAN(MapScoredDetector):
     - The critic halves the image until its shorter side is about 8 pixels, up to five
       times; for 256 pixels it is that of the paper. Images are padded by replication.
 
-    On a processor, images of 64 pixels, ``width=12``, ``critic_width=12``,
-    ``n_critic=2``, ``batch_size=8`` and ``learning_rate=5e-4`` are a start. A
-    classifier that gives all images the same probability wants a smaller rate, or half
-    of it for the critic. Where copies of fine detail are poor, the generator may learn
-    to copy first: on ``make_ellipses``, 4,000 images and one seed, ``n_critic=1`` and
-    weights of 1e4 for two epochs, then, with ``warm_start=True``, ``n_critic=2`` and
-    weights of 100 had the best maps.
+    On a processor, 400 images of 64 pixels, ``width=12``, ``critic_width=12``,
+    ``n_critic=2``, ``batch_size=4``, ``learning_rate=1e-3``,
+    ``critic_learning_rate=5e-4``, both weights 25 and ``max_epochs=64`` are a start, of
+    a quarter of an hour. The maps tell the place of an anomaly once they are smoothed:
+    on ``make_ellipses`` ``smoothing_size=68`` raised the pixel AUROC from 0.68 to 0.93,
+    and ``image_score="max"`` of such maps is a second opinion to the classifier. A
+    classifier that gives all images the same probability wants a smaller rate; the maps
+    may be good nevertheless. Where copies of fine detail are poor, the generator may
+    learn to copy first: on 4,000 images ``n_critic=1`` and weights of 1e4 for two
+    epochs, then, with ``warm_start=True``, ``n_critic=2`` and weights of 100 had the
+    best maps.
+    Cross-validation and searches need both classes in each training, as
+    scikit-learn's ``StratifiedKFold`` keeps them.
 
     References
     ----------
