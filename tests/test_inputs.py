@@ -745,7 +745,7 @@ JUDGES = {
     "PNet": {"score_weight": 0.1, "image_score": "max", "smoothing_size": 200},
     "PuzzleAE": {"image_score": "max", "smoothing_size": 200},
     "SCADN": {"image_score": "max", "smoothing_size": 200},
-    "DeScarGAN": {"image_score": "mean"},
+    "DeScarGAN": {"image_score": "mean", "smoothing_size": 200},
 }
 # without which another would show nothing
 BESIDE = {"update_at_test": {"update_threshold": 1.0}}

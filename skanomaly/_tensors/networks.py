@@ -53,7 +53,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, features):
         """Return normalised features (b, c, h, w)."""
-        if features.device.type == "cpu" and not features.is_contiguous():
+        if not features.is_contiguous():
             means = features.detach().mean(dim=(2, 3), keepdim=True)  # (b, c, 1, 1)
             groups = means.unflatten(1, (self.num_groups, -1))
             means = groups.mean(dim=2, keepdim=True).expand_as(groups).flatten(1, 2)
