@@ -84,7 +84,7 @@ def measure_ellipses(options, seed):
             "image AUROC, classifier": roc_auc_score(
                 diseased, -detector.score_samples(data.X_test)
             ),
-            "image AUROC, map": roc_auc_score(diseased, maps.mean(axis=(1, 2))),
+            "image AUROC, mean": roc_auc_score(diseased, maps.mean(axis=(1, 2))),
             "image AUROC, maximum": roc_auc_score(diseased, maps.max(axis=(1, 2))),
         },
     )
@@ -106,7 +106,7 @@ def cross_validate(options, seed):
     X = np.concatenate([data.X_train, data.X_test])
     y = np.concatenate([np.ones(len(data.X_train), int), data.y_test])
     folds = StratifiedKFold(options.folds, shuffle=True, random_state=seed)
-    results = {"image AUROC, classifier": [], "image AUROC, map": []}
+    results = {"image AUROC, classifier": [], "image AUROC, mean": []}
     started = time.perf_counter()
     for rows, test in folds.split(X, y):
         detector = train(options, seed, X[rows], y[rows])
