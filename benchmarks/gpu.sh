@@ -23,7 +23,9 @@ part() { # NAME SECONDS COMMAND...
     name=$1 limit=$2
     shift 2
     echo "$name: from $(elapsed) s on, for at most $limit s"
-    timeout -k 5 "$limit" "$@" >"$output/$name.txt" 2>&1
+    : >"$output/$name.txt"
+    # appended, as a child may still write when its parent has ended
+    timeout -k 5 "$limit" "$@" >>"$output/$name.txt" 2>&1
     echo "exit status $?, at $(elapsed) s" >>"$output/$name.txt"
 }
 

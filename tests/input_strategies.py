@@ -16,9 +16,8 @@ import pandas as pd
 import scipy.sparse
 import torch
 from hypothesis import strategies as st
-from method_settings import small_settings
+from method_settings import labels_for, small_settings
 from PIL import Image
-from sklearn.utils import get_tags
 
 FITTED_SHAPE = (16, 16, 3)
 # of an image; the deepest of the small networks take a tenth of a second for it
@@ -615,13 +614,6 @@ def cases(draw, cls):
 def small(cls, **settings):
     """Return a small detector."""
     return cls(**{"random_state": 0, **small_settings(cls), **settings})
-
-
-def labels_for(cls, n):
-    """Return labels of both classes for a detector that wants them, else None."""
-    if not get_tags(cls()).target_tags.required:
-        return None
-    return np.where(np.arange(n) % 2, -1, 1)
 
 
 def fitted_on_bytes(cls):

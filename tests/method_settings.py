@@ -1,4 +1,4 @@
-"""Small settings of the methods, collected from the test files of the methods."""
+"""Small settings of the methods, collected from their test files, and their labels."""
 
 import importlib
 import sys
@@ -54,3 +54,14 @@ def small_settings(cls):
     raise AssertionError(
         f"tests/methods/test_{module}.py lacks SMALL[{cls.__name__!r}]"
     )
+
+
+def labels_for(cls, n):
+    """Return labels of both classes for a detector that wants them, else None."""
+    # conftest.py imports this module before it sets the number of threads
+    import numpy as np
+    from sklearn.utils import get_tags
+
+    if not get_tags(cls()).target_tags.required:
+        return None
+    return np.where(np.arange(n) % 2, -1, 1)

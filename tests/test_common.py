@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from joblib import parallel_config
-from method_settings import ROUNDING, collect, small_settings
+from method_settings import ROUNDING, collect, labels_for, small_settings
 from pretend_device import PretendDevice
 from sklearn.base import TransformerMixin, clone
 from sklearn.exceptions import NotFittedError
@@ -110,13 +110,6 @@ CHECKED_AS = {skanomaly.DeScarGAN: DeScarGANOfClasses}
 def small(cls, **parameters):
     """Return a detector of small size with a fixed seed."""
     return cls(**{"random_state": 0, **small_settings(cls), **parameters})
-
-
-def labels_for(cls, n):
-    """Return labels of both classes for a detector that wants them, else None."""
-    if not get_tags(cls()).target_tags.required:
-        return None
-    return np.where(np.arange(n) % 2, -1, 1)
 
 
 def striped(n, size=32, channels=3, seed=0):

@@ -20,11 +20,11 @@ from input_strategies import (
     OUTCOMES,
     cases,
     fitted_on_bytes,
-    labels_for,
     outcome_of,
     small,
     striped,
 )
+from method_settings import labels_for
 from PIL import Image
 from sklearn.base import clone
 from sklearn.svm import OneClassSVM

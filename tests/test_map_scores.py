@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+from method_settings import labels_for
 from scipy import ndimage
 
 from skanomaly.metrics import video_scores
@@ -18,12 +19,7 @@ def fitted(request, small, random_images):
     detector = small(
         request.param, reference="training", smoothing_size=1, random_state=0
     )
-    return detector.fit(X, labels_for(request.param)), X
-
-
-def labels_for(name):
-    """Return labels of the eight images where a method needs them."""
-    return [1, -1, 1, 1, -1, 1, 1, 1] if name == "DeScarGAN" else None
+    return detector.fit(X, labels_for(type(detector), 8)), X
 
 
 def slow_mean(maps, size):
@@ -37,11 +33,11 @@ def slow_mean(maps, size):
 def test_the_mean_training_map_is_subtracted(fitted):
     detector, X = fitted
     plain = copy.deepcopy(detector)
-    labels = labels_for(type(detector).__name__)
+    labels = labels_for(type(detector), 8)
     plain.set_params(reference="none").fit(X, labels)
     assert not hasattr(plain, "mean_map_")
     raw = plain.localize(X)
-    usual = raw[np.array(labels or [1] * 8) == 1].mean(axis=0)
+    usual = (raw if labels is None else raw[labels == 1]).mean(axis=0)
     np.testing.assert_allclose(detector.mean_map_, usual, rtol=1e-4)
     np.testing.assert_allclose(detector.localize(X), raw - usual, atol=1e-5 * raw.max())
     # the paper's score knows no reference
